@@ -60,7 +60,9 @@ class Precision:
             value = getattr(self, field.name)
             allowed = _FLOATS if field.name == "storage" else _WIDE
             if value not in allowed:
-                raise ValueError(f"precision.{field.name} is {value!r}; it must be one of {', '.join(allowed)}")
+                raise ValueError(
+                    f"precision.{field.name} is {value!r}; it must be one of {', '.join(allowed)}"
+                )
 
     @property
     def complex_memory(self) -> np.dtype:
@@ -80,7 +82,9 @@ def assert_wide(**arrays: Array | None) -> None:
     """
     for name, array in arrays.items():
         if array is not None and jnp.dtype(array.dtype).name not in (*_WIDE, "complex64", "complex128"):
-            raise TypeError(f"{name} has dtype {array.dtype}; it must be float32 or wider (swamping, phase noise)")
+            raise TypeError(
+                f"{name} has dtype {array.dtype}; it must be float32 or wider (swamping, phase noise)"
+            )
 
 
 def assert_dtype(array: Array, dtype: DTypeLike, name: str) -> None:

@@ -1,0 +1,55 @@
+# Every target that needs packages calls `setup`, which is instant once it has run.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
+BIN = $(VENV)/bin
+LOCK = $(shell $(PYTHON) -c 'import sys; print("requirements/python3.%d.txt" % min(12, sys.version_info[1]))' 2>/dev/null)
+STAMP = $(VENV)/.ready-$(shell cat pyproject.toml $(LOCK) 2>/dev/null | cksum | cut -d' ' -f1)
+RUN ?= runs/quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-cuda train test lint types tests faults lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+train: setup ## set up, then train the quickstart model on this machine's own Python sources
+	$(BIN)/python -m train.main --config=configs/quickstart.py --workdir=$(RUN)
+
+test: setup lint types tests ## set up, then lint, check types and run all tests
+
+setup: $(STAMP) ## create .venv with pinned dependencies
+
+$(STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "holo-jax needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing). Use: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo "'$(PYTHON)' has no venv module; install it (on Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@echo "setting up $(VENV) with $$($(PYTHON) --version) (a minute or two)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(LOCK) -e '.[train,dev]'
+	@rm -f $(VENV)/.ready-* && touch $@
+
+setup-cuda: setup ## add the CUDA wheels of the same versions
+	$(BIN)/python -m pip install --quiet -c $(LOCK) -e '.[train,dev,cuda]'
+
+lint: setup ## ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup ## mypy on holo_jax and train
+	$(BIN)/mypy
+
+tests: setup ## pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+faults: setup ## kill, corrupt and resume at length (N kills, default 100)
+	$(BIN)/python -m tests.faults --kills=$(or $(N),100)
+
+lock: setup ## pin what is installed now
+	$(BIN)/python -m pip freeze --exclude-editable | grep -v '^holo' > $(LOCK)
+
+clean: ## remove the environment and caches (runs/ stays)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

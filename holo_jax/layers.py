@@ -1,0 +1,111 @@
+"""Small layers: linear maps, norms, the denoiser. Parameters carry their logical axes as metadata."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from holo_jax.array_types import Array, Float
+from holo_jax.config import HoloConfig
+
+Axes = tuple[str | None, ...]
+
+
+def parameter(value: Array, axes: Axes) -> nnx.Param:
+    """A parameter with one logical axis name (or None) a dimension."""
+    if value.ndim != len(axes):
+        raise ValueError(f"axes {axes} name {len(axes)} dimensions; the parameter has {value.ndim}")
+    return nnx.Param(value, axes=axes)
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b), W ~ N(0, std^2) with std = 1/sqrt(fan_in) by default; accumulates in float32."""
+
+    def __init__(
+        self,
+        config: HoloConfig,
+        features: tuple[int, int],
+        axes: Axes,
+        *,
+        std: float | None = None,
+        bias: bool = False,
+        bias_init: float = 0.0,
+        rngs: nnx.Rngs,
+    ) -> None:
+        fan_in, fan_out = features
+        std = 1 / math.sqrt(fan_in) if std is None else std
+        self.storage = config.precision.storage
+        dtype = jnp.dtype(config.precision.params)
+        self.weight = parameter(std * jax.random.normal(rngs.params(), features, dtype), axes)
+        self.bias = parameter(jnp.full((fan_out,), bias_init, dtype), axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "b t i"], *, out_dtype: str | None = None) -> Float[Array, "b t o"]:
+        """Applies the map; the product's operands have the storage dtype, its result ``out_dtype``."""
+        y = jnp.einsum(
+            "bti,io->bto",
+            x.astype(self.storage),
+            self.weight[...].astype(self.storage),
+            preferred_element_type=jnp.dtype(out_dtype or self.storage),
+        )
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
+
+
+class Normalization(nnx.Module):
+    """RMSNorm, x / rms(x) * w, or LayerNorm, (x - mean) / std * w + b, in float32 over the last axis."""
+
+    def __init__(
+        self, config: HoloConfig, shape: tuple[int, ...], axes: Axes, *, kind: str | None = None
+    ) -> None:
+        kind = kind or config.norm
+        dtype = jnp.dtype(config.precision.params)
+        self.storage, self.eps = config.precision.storage, config.norm_eps
+        self.weight = parameter(jnp.ones(shape, dtype), axes)
+        self.bias = parameter(jnp.zeros(shape, dtype), axes) if kind == "layernorm" else None
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Normalises the last axis; the result has the storage dtype."""
+        x = x.astype(jnp.float32)
+        lead = (None,) * (x.ndim - self.weight[...].ndim)
+        if self.bias is not None:
+            x = x - jnp.mean(x, axis=-1, keepdims=True)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        x = x * self.weight[...].astype(jnp.float32)[lead]
+        if self.bias is not None:
+            x = x + self.bias[...].astype(jnp.float32)[lead]
+        return x.astype(self.storage)
+
+
+class Denoiser(nnx.Module):
+    """The block's MLP, which cleans what a superposition returned.
+
+    ``swiglu``: W3 (silu(W1 x) * W2 x). ``gelu``: W2 gelu(W1 x + b1) + b2, exact erf. ``linear``: the
+    same two maps without the non-linearity, for the ablation of the claim that it is needed.
+    """
+
+    def __init__(self, config: HoloConfig, *, rngs: nnx.Rngs) -> None:
+        e, f = config.hidden_size, config.mlp_dim
+        self.kind = config.mlp
+        bias = config.mlp == "gelu"
+        self.up = Linear(config, (e, f), ("embed", "mlp"), bias=bias, rngs=rngs)
+        self.gate = Linear(config, (e, f), ("embed", "mlp"), rngs=rngs) if config.mlp == "swiglu" else None
+        std = residual_std(config, f)
+        self.down = Linear(config, (f, e), ("mlp", "embed"), std=std, bias=bias, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
+        """Applies the denoiser."""
+        hidden = self.up(x)
+        if self.gate is not None:
+            hidden = jax.nn.silu(self.gate(x)) * hidden
+        elif self.kind == "gelu":
+            hidden = jax.nn.gelu(hidden, approximate=False)
+        return self.down(hidden)
+
+
+def residual_std(config: HoloConfig, fan_in: int) -> float:
+    """Standard deviation of a map that writes into the residual stream.
+
+    Two such maps a block: each is scaled by 1/sqrt(2 L), so the stream's variance does not grow with
+    depth. This is the only place where depth enters the initialisation.
+    """
+    return 1 / math.sqrt(fan_in * 2 * config.num_hidden_layers)

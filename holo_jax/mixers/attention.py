@@ -1,0 +1,158 @@
+"""Causal softmax attention with rotary positions: the exact, growing memory to compare with."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from holo_jax.array_types import Array, Bool, Float, Int, UInt32
+from holo_jax.config import HoloConfig
+from holo_jax.functional import phases_at, rope_frequencies
+from holo_jax.layers import Linear, residual_std
+from holo_jax.mixers.context import Context
+
+_FLASH_MULTIPLE = 64
+
+
+class AttentionState(NamedTuple):
+    """A preallocated cache of S slots; with a sliding window the slots are reused in a ring.
+
+    Attributes:
+      keys: rotated keys [b, S, h, d].
+      values: values [b, S, h, d].
+      segment_ids: document of each slot [b, S].
+      times: call-order index of the token in each slot [S], -1 while empty.
+      index: tokens seen so far.
+    """
+
+    keys: Float[Array, "b s h d"]
+    values: Float[Array, "b s h d"]
+    segment_ids: Int[Array, "b s"]
+    times: Int[Array, "s"]
+    index: Int[Array, ""]
+
+
+class AttentionMixer(nnx.Module):
+    """softmax(q k^T / sqrt(d)) v over earlier tokens of the same segment, RoPE on q and k."""
+
+    def __init__(self, config: HoloConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        e, hd = config.hidden_size, config.hd_dim
+        self.queries = Linear(config, (e, hd), ("embed", "heads"), rngs=rngs)
+        self.keys = Linear(config, (e, hd), ("embed", "heads"), rngs=rngs)
+        self.values = Linear(config, (e, hd), ("embed", "heads"), rngs=rngs)
+        self.out = Linear(config, (hd, e), ("heads", "embed"), std=residual_std(config, hd), rngs=rngs)
+
+    @staticmethod
+    def init_state(config: HoloConfig, batch: int, cache_length: int) -> AttentionState:
+        """An empty cache of ``cache_length`` slots (of the window, if that is shorter)."""
+        slots = min(cache_length, config.attention_window) if config.attention_window else cache_length
+        shape = (batch, slots, config.num_heads, config.head_dim)
+        dtype = jnp.dtype(config.precision.storage)
+        return AttentionState(
+            keys=jnp.zeros(shape, dtype),
+            values=jnp.zeros(shape, dtype),
+            segment_ids=jnp.zeros((batch, slots), jnp.int32),
+            times=jnp.full((slots,), -1, jnp.int32),
+            index=jnp.zeros((), jnp.int32),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t e"],
+        context: Context,
+        turns: UInt32[Array, "h m"] | None,
+        state: AttentionState | None,
+    ) -> tuple[Float[Array, "b t e"], AttentionState | None]:
+        """Mixes tokens; the phasors of ``turns`` are not used (rotary ones are)."""
+        del turns
+        config = self.config
+        b, t, _ = x.shape
+        shape = (b, t, config.num_heads, config.head_dim)
+        angles = phases_at(jnp.asarray(rotary_turns(config)), context.inside)[:, :, None]
+        queries = _rotate(self.queries(x).reshape(shape), angles)
+        keys = _rotate(self.keys(x).reshape(shape), angles)
+        values = self.values(x).reshape(shape)
+        if state is None:
+            mixed = self._attend_all(queries, keys, values, context.segment_ids)
+        else:
+            mixed, state = self._attend_cached(queries, keys, values, context.segment_ids, state)
+        return self.out(mixed.reshape(b, t, config.hd_dim)), state
+
+    def _attend_all(self, queries: Array, keys: Array, values: Array, segment_ids: Array | None) -> Array:
+        window = self.config.attention_window
+        mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        flash = (
+            jax.default_backend() == "gpu"
+            and mask is None
+            and queries.dtype in (jnp.bfloat16, jnp.float16)
+            and queries.shape[1] % _FLASH_MULTIPLE == 0
+        )
+        return jax.nn.dot_product_attention(
+            queries,
+            keys,
+            values,
+            mask=mask,
+            is_causal=True,
+            local_window_size=(window - 1, 0) if window else None,
+            implementation="cudnn" if flash else "xla",
+        )
+
+    def _attend_cached(
+        self, queries: Array, keys: Array, values: Array, segment_ids: Array | None, state: AttentionState
+    ) -> tuple[Array, AttentionState]:
+        b, t = queries.shape[:2]
+        if segment_ids is None:
+            segment_ids = jnp.ones((b, t), jnp.int32)
+        times = state.index + jnp.arange(t, dtype=jnp.int32)
+        after = _append(state, keys, values, segment_ids, times)
+        if self.config.attention_window:
+            # A ring may overwrite what the new tokens still see, so they attend to the old slots and themselves.
+            seen_keys = jnp.concatenate([state.keys, keys], axis=1)
+            seen_values = jnp.concatenate([state.values, values], axis=1)
+            seen_times = jnp.concatenate([state.times, times])
+            seen_segments = jnp.concatenate([state.segment_ids, segment_ids], axis=1)
+        else:
+            seen_keys, seen_values, seen_segments, seen_times, _ = after
+        visible = self._visible(times, segment_ids, seen_times, seen_segments)
+        mixed = jax.nn.dot_product_attention(
+            queries, seen_keys, seen_values, mask=visible[:, None], implementation="xla"
+        )
+        return mixed, after
+
+    def _visible(
+        self, times: Array, segments: Array, seen_times: Array, seen_segments: Array
+    ) -> Bool[Array, "b t s"]:
+        before = (seen_times[None, :] >= 0) & (seen_times[None, :] <= times[:, None])
+        if self.config.attention_window:
+            before = before & (times[:, None] - seen_times[None, :] < self.config.attention_window)
+        return before[None] & (segments[:, :, None] == seen_segments[:, None, :])
+
+
+def _append(
+    state: AttentionState, keys: Array, values: Array, segment_ids: Array, times: Array
+) -> AttentionState:
+    t, slots = keys.shape[1], state.times.shape[0]
+    kept = min(t, slots)
+    where = times[t - kept :] % slots
+    return AttentionState(
+        keys=state.keys.at[:, where].set(keys[:, t - kept :]),
+        values=state.values.at[:, where].set(values[:, t - kept :]),
+        segment_ids=state.segment_ids.at[:, where].set(segment_ids[:, t - kept :]),
+        times=state.times.at[where].set(times[t - kept :]),
+        index=state.index + t,
+    )
+
+
+def rotary_turns(config: HoloConfig) -> np.ndarray:
+    """Rotary frequencies in uint32 turns a token, so that angles stay exact at any position."""
+    frequencies = np.asarray(rope_frequencies(config.head_dim // 2, config.rope_base), np.float64)
+    return np.round(frequencies / (2 * np.pi) * 2**32).astype(np.uint64).astype(np.uint32)
+
+
+def _rotate(x: Float[Array, "b t h d"], angles: Float[Array, "b t 1 p"]) -> Float[Array, "b t h d"]:
+    first, second = jnp.split(x.astype(angles.dtype), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

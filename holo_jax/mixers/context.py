@@ -1,0 +1,30 @@
+"""What a mixer knows about the tokens it is given, besides their vectors."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from holo_jax.array_types import Array, Bool, Int, UInt32
+
+
+class Context(NamedTuple):
+    """Positions and segments of one call.
+
+    Attributes:
+      inside: position of each token inside its segment, [b or 1, t].
+      segment_ids: document of each token, or None where each row is one document.
+      continues: per row, whether the first token goes on with the state's segment; None without state
+        or where every row does.
+    """
+
+    inside: UInt32[Array, "b t"]
+    segment_ids: Int[Array, "b t"] | None = None
+    continues: Bool[Array, "b"] | None = None
+
+
+def keep_rows(state: Array, continues: Bool[Array, "b"] | None) -> Array:
+    """The state where a row's segment goes on, zeros where another one begins."""
+    if continues is None:
+        return state
+    rows = continues.reshape(continues.shape + (1,) * (state.ndim - 1))
+    return jnp.where(rows, state, jnp.zeros((), state.dtype))

@@ -1,0 +1,190 @@
+"""The phasor memory as a module: phases, gates, accumulation, retrieval, output."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from holo_jax import kernels
+from holo_jax.array_types import Array, Float, UInt32
+from holo_jax.config import HoloConfig
+from holo_jax.functional import MemoryState, init_memory, phases_at, retrieval_scale
+from holo_jax.layers import Linear, Normalization, parameter, residual_std
+from holo_jax.mixers.context import Context, keep_rows
+from holo_jax.precision import assert_dtype
+from holo_jax.sequence import delayed, next_tail, short_convolution
+
+
+class MemoryMixerState(NamedTuple):
+    """State of one memory layer.
+
+    Attributes:
+      tail: the last raw phases, [b, k, h * m], which the short convolution (or shift) still needs.
+      content: memory addressed by content, or None.
+      position: memory addressed by position, or None.
+    """
+
+    tail: Float[Array, "b k f"] | None
+    content: MemoryState | None
+    position: MemoryState | None
+
+
+class MemoryMixer(nnx.Module):
+    """Writes each token's value under a phasor key and reads with another; DESIGN in docs/design.md.
+
+    With raw phases p_t = phase_scale * W x_t, write phases a and read phases b are two causal
+    convolutions of p, which start as the previous and the current token's phase ("bind the value to
+    the key before it"). y_t = retrieve(b_t) / n_t, then RMSNorm a head, silu gate, output map.
+    """
+
+    def __init__(self, config: HoloConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        e, h, m, hd = config.hidden_size, config.num_heads, config.key_dim, config.hd_dim
+        dtype = jnp.dtype(config.precision.params)
+        self.values = Linear(config, (e, hd), ("embed", "heads"), rngs=rngs)
+        std = residual_std(config, hd)
+        self.out = Linear(config, (hd, e), ("heads", "embed"), std=std, rngs=rngs)
+        if config.addressing != "position":
+            self.phases = Linear(config, (e, h * m), ("embed", "heads"), rngs=rngs)
+            if config.short_conv:
+                taps = jnp.zeros((config.short_conv, h * m), dtype)
+                self.read_taps = parameter(taps.at[-1].set(1), (None, "heads"))
+                self.write_taps = parameter(taps.at[-2].set(1), (None, "heads"))
+        if config.addressing == "both":
+            self.mix = parameter(jnp.full((2, h), 0.5, dtype), (None, "heads"))
+        if config.write_gate:
+            self.write = Linear(config, (e, h), ("embed", "heads"), bias=True, rngs=rngs)
+        if config.erase:
+            self.erase = Linear(
+                config, (e, h), ("embed", "heads"), bias=True, bias_init=config.erase_bias, rngs=rngs
+            )
+        if config.output_gate:
+            self.gate = Linear(config, (e, hd), ("embed", "heads"), rngs=rngs)
+        if config.head_norm:
+            self.head_norm = Normalization(config, (h, config.head_dim), ("heads", None), kind="rmsnorm")
+
+    @staticmethod
+    def init_state(config: HoloConfig, batch: int, cache_length: int) -> MemoryMixerState:
+        """The empty memory of one layer; its size does not depend on ``cache_length``."""
+        del cache_length
+        h, m, d = config.num_heads, config.key_dim, config.head_dim
+        dtype = jnp.dtype(config.precision.memory)
+
+        def memory() -> MemoryState:
+            return init_memory(batch, h, m, d, binding=config.binding, dtype=dtype)
+
+        content = config.addressing != "position"
+        taps = max(config.short_conv - 1, 1)
+        return MemoryMixerState(
+            tail=jnp.zeros((batch, taps, h * m), jnp.dtype(config.precision.phases)) if content else None,
+            content=memory() if content else None,
+            position=memory() if config.addressing != "content" else None,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t e"],
+        context: Context,
+        turns: UInt32[Array, "h m"] | None,
+        state: MemoryMixerState | None,
+    ) -> tuple[Float[Array, "b t e"], MemoryMixerState | None]:
+        """Mixes tokens; ``turns`` are the layer's positional phasors, used where positions address."""
+        config = self.config
+        b, t, _ = x.shape
+        h, d = config.num_heads, config.head_dim
+        values = self.values(x).reshape(b, t, h, d)
+        gates = jax.nn.sigmoid(self.write(x, out_dtype="float32")) if config.write_gate else None
+        erase = gates * jax.nn.sigmoid(self.erase(x, out_dtype="float32")) if config.erase else None
+        retrieved = jnp.zeros((b, t, h, d), jnp.dtype(config.precision.memory))
+        content = position = tail = None
+        if config.addressing != "position":
+            raw, write, read = self._content_phases(x, context, state)
+            if not config.short_conv:
+                follows = (context.inside > 0)[..., None].astype(jnp.float32)
+                strength = jnp.ones((b, t, h), jnp.float32) if gates is None else gates
+                content_gates = follows * strength
+            else:
+                content_gates = gates
+            before = None if state is None else state.content
+            y, content = self._memory(write, read, values, content_gates, erase, context, before)
+            retrieved = y if config.addressing == "content" else self.mix[...][1][None, None, :, None] * y
+            if state is not None:
+                tail = next_tail(raw, state.tail.shape[1], state.tail, context.inside)
+        if config.addressing != "content":
+            if turns is None:
+                raise ValueError("turns is None; positional addressing needs the layer's phasors")
+            phases = phases_at(turns, context.inside)
+            before = None if state is None else state.position
+            y, position = self._memory(phases, phases, values, gates, None, context, before)
+            if config.addressing == "both":
+                retrieved = retrieved + self.mix[...][0][None, None, :, None] * y
+            else:
+                retrieved = y
+        retrieved = self._finish(retrieved, x)
+        return self.out(retrieved), None if state is None else MemoryMixerState(tail, content, position)
+
+    def _content_phases(
+        self, x: Array, context: Context, state: MemoryMixerState | None
+    ) -> tuple[Array, Array, Array]:
+        config = self.config
+        b, t, _ = x.shape
+        raw = config.phase_scale * self.phases(x, out_dtype=config.precision.phases)
+        assert_dtype(raw, config.precision.phases, "phases")
+        tail = None if state is None else state.tail
+        if config.short_conv:
+            write = short_convolution(raw, self.write_taps[...], tail, context.inside)
+            read = short_convolution(raw, self.read_taps[...], tail, context.inside)
+        else:
+            write, read = delayed(raw, 1, tail, context.inside), raw
+        shape = (b, t, config.num_heads, config.key_dim)
+        return raw, write.reshape(shape), read.reshape(shape)
+
+    def _memory(
+        self,
+        write: Array,
+        read: Array,
+        values: Array,
+        gates: Array | None,
+        erase: Array | None,
+        context: Context,
+        state: MemoryState | None,
+    ) -> tuple[Array, MemoryState]:
+        config = self.config
+        b, t, h, _ = values.shape
+        if state is not None:
+            state = jax.tree.map(lambda leaf: keep_rows(leaf, context.continues), state)
+        y, after = kernels.accumulate(
+            write,
+            read,
+            values,
+            gates,
+            erase,
+            binding=config.binding,
+            method="recurrent" if t == 1 else config.memory_method,
+            segment_ids=context.segment_ids,
+            initial_state=state,
+            chunk_size=config.chunk_size or None,
+            backend=config.memory_backend,
+        )
+        assert_dtype(y, config.precision.memory, "retrieval")
+        if config.read_scale == "none":
+            return y, after
+        if config.read_scale == "sqrt_time":
+            scale = jnp.sqrt(context.inside.astype(jnp.float32) + 1)[..., None, None]
+            return y / scale, after
+        written = jnp.ones((b, t, h), jnp.float32) if gates is None else gates
+        scale = retrieval_scale(
+            config.read_scale,
+            written,
+            segment_ids=context.segment_ids,
+            initial_writes=None if state is None else state.writes,
+        )
+        return y / scale[..., None], after
+
+    def _finish(self, retrieved: Array, x: Array) -> Array:
+        b, t, h, d = retrieved.shape
+        if self.config.head_norm:
+            retrieved = self.head_norm(retrieved)
+        retrieved = retrieved.astype(self.config.precision.storage).reshape(b, t, h * d)
+        return jax.nn.silu(self.gate(x)) * retrieved if self.config.output_gate else retrieved

@@ -1,0 +1,102 @@
+"""A Mamba-2-style state-space baseline: scalar decay a head, one key and query for all heads."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from holo_jax.array_types import Array, Float, UInt32
+from holo_jax.config import HoloConfig
+from holo_jax.functional import decayed_accumulate
+from holo_jax.layers import Linear, Normalization, parameter, residual_std
+from holo_jax.mixers.context import Context, keep_rows
+from holo_jax.sequence import next_tail, short_convolution
+
+_STEP_MIN, _STEP_MAX = 1e-3, 1e-1
+_TAPS = 4
+
+
+class SsmState(NamedTuple):
+    """State of one layer: inputs the convolution still needs, and the memory [b, h, n, d]."""
+
+    tail: Float[Array, "b k f"]
+    memory: Float[Array, "b h n d"]
+
+
+class SsmMixer(nnx.Module):
+    """S_t = exp(-A dt_t) S_{t-1} + k_t (dt_t v_t)^T, y_t = q_t^T S_t + D v_t (Dao and Gu, 2024).
+
+    Values, keys and queries pass a short convolution and silu; dt_t = softplus(w.x + b) a head with
+    steps of 1e-3 to 1e-1 at initialisation, A from 1 to 16; gated RMSNorm before the output map.
+    """
+
+    def __init__(self, config: HoloConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        e, h, hd, n = config.hidden_size, config.num_heads, config.hd_dim, config.ssm_state
+        dtype = jnp.dtype(config.precision.params)
+        self.values = Linear(config, (e, hd), ("embed", "heads"), rngs=rngs)
+        self.keys = Linear(config, (e, 2 * n), ("embed", None), rngs=rngs)
+        self.step = Linear(config, (e, h), ("embed", "heads"), rngs=rngs)
+        self.gate = Linear(config, (e, hd), ("embed", "heads"), rngs=rngs)
+        self.out = Linear(config, (hd, e), ("heads", "embed"), std=residual_std(config, hd), rngs=rngs)
+        taps = jax.random.uniform(rngs.params(), (_TAPS, hd + 2 * n), dtype, -0.5, 0.5)
+        self.taps = parameter(taps, (None, "heads"))
+        steps = jnp.exp(
+            jax.random.uniform(rngs.params(), (h,), dtype, math.log(_STEP_MIN), math.log(_STEP_MAX))
+        )
+        self.step_bias = parameter(steps + jnp.log(-jnp.expm1(-steps)), ("heads",))
+        self.log_rate = parameter(
+            jnp.log(jax.random.uniform(rngs.params(), (h,), dtype, 1.0, 16.0)), ("heads",)
+        )
+        self.skip = parameter(jnp.ones((h,), dtype), ("heads",))
+        self.norm = Normalization(config, (hd,), ("heads",), kind="rmsnorm")
+
+    @staticmethod
+    def init_state(config: HoloConfig, batch: int, cache_length: int) -> SsmState:
+        """The empty state of one layer."""
+        del cache_length
+        h, n, d = config.num_heads, config.ssm_state, config.head_dim
+        return SsmState(
+            tail=jnp.zeros((batch, _TAPS - 1, config.hd_dim + 2 * n), jnp.float32),
+            memory=jnp.zeros((batch, h, n, d), jnp.dtype(config.precision.memory)),
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "b t e"],
+        context: Context,
+        turns: UInt32[Array, "h m"] | None,
+        state: SsmState | None,
+    ) -> tuple[Float[Array, "b t e"], SsmState | None]:
+        """Mixes tokens; positions are not used."""
+        del turns
+        config = self.config
+        b, t, _ = x.shape
+        h, n, d, hd = config.num_heads, config.ssm_state, config.head_dim, config.hd_dim
+        raw = jnp.concatenate([self.values(x), self.keys(x)], axis=-1).astype(jnp.float32)
+        tail = None if state is None else state.tail
+        mixed = jax.nn.silu(short_convolution(raw, self.taps[...].astype(jnp.float32), tail, context.inside))
+        mixed = mixed.astype(config.precision.storage)
+        values = mixed[..., :hd].reshape(b, t, h, d)
+        keys = jnp.broadcast_to(mixed[..., None, hd : hd + n], (b, t, h, n))
+        queries = jnp.broadcast_to(mixed[..., None, hd + n :], (b, t, h, n))
+        step = jax.nn.softplus(self.step(x, out_dtype="float32") + self.step_bias[...][None, None])
+        log_decay = -jnp.exp(self.log_rate[...])[None, None] * step
+        memory = None if state is None else keep_rows(state.memory, context.continues)
+        y, memory = decayed_accumulate(
+            keys,
+            queries,
+            values * step[..., None].astype(values.dtype),
+            log_decay,
+            segment_ids=context.segment_ids,
+            initial_state=memory,
+            method="recurrent" if t == 1 else "chunked",
+            chunk_size=config.chunk_size or None,
+        )
+        y = y + self.skip[...][None, None, :, None] * values.astype(y.dtype)
+        y = self.norm(y.reshape(b, t, hd) * jax.nn.silu(self.gate(x, out_dtype="float32")))
+        if state is None:
+            return self.out(y), None
+        return self.out(y), SsmState(next_tail(raw, _TAPS - 1, tail, context.inside), memory)

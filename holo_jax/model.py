@@ -1,0 +1,299 @@
+"""Blocks, the stack, and the causal language model."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from holo_jax.array_types import Array, Float, Int, UInt32
+from holo_jax.config import HoloConfig
+from holo_jax.functional import generate_multiscale_phasors, generate_random_phasors
+from holo_jax.functional.cross_entropy import chunked_cross_entropy, next_token_targets
+from holo_jax.layers import Denoiser, Linear, Normalization, parameter
+from holo_jax.mixers import MIXERS, Context
+from holo_jax.sequence import segment_positions, segment_starts
+
+
+class ModelState(NamedTuple):
+    """Everything that has been read so far, at constant size (attention caches excepted).
+
+    Attributes:
+      layers: one entry a block of a period; each a mixer state stacked over periods.
+      position: position of the next token inside its segment, [b].
+      segment: segment id of the last token read, [b].
+    """
+
+    layers: tuple[Any, ...]
+    position: UInt32[Array, "b"]
+    segment: Int[Array, "b"]
+
+
+class HiddenOutput(NamedTuple):
+    """Final normalised hidden states [b, t, e] and, if a state was given, the state after them."""
+
+    hidden: Array
+    state: ModelState | None
+
+
+class CausalLMOutput(NamedTuple):
+    """What ``HoloForCausalLM`` returns.
+
+    Attributes:
+      logits: [b, t, v] in the logits dtype.
+      loss: mean nats over counted targets, or None without labels.
+      loss_sum: their sum.
+      num_targets: how many targets were counted.
+      state: the state after these tokens, or None if none was given.
+    """
+
+    logits: Array
+    loss: Array | None
+    loss_sum: Array | None
+    num_targets: Array | None
+    state: ModelState | None
+
+
+class Block(nnx.Module):
+    """x + mixer(norm(x)), then x + denoiser(norm(x))."""
+
+    def __init__(self, config: HoloConfig, kind: str, *, rngs: nnx.Rngs) -> None:
+        e = config.hidden_size
+        self.mixer_norm = Normalization(config, (e,), ("embed",))
+        self.mixer = MIXERS[kind](_for_kind(config, kind), rngs=rngs)
+        if config.mlp != "none":
+            self.mlp_norm = Normalization(config, (e,), ("embed",))
+            self.mlp = Denoiser(config, rngs=rngs)
+        self.has_mlp = config.mlp != "none"
+
+    def __call__(self, x: Array, context: Context, turns: Array | None, state: Any) -> tuple[Array, Any]:
+        """One block on [b, t, e]; the state of its mixer in and out."""
+        mixed, state = self.mixer(self.mixer_norm(x), context, turns, state)
+        x = x + mixed
+        if self.has_mlp:
+            x = x + self.mlp(self.mlp_norm(x))
+        return x, state
+
+
+class Period(nnx.Module):
+    """The blocks that repeat through the depth: one, or k with a closing attention anchor."""
+
+    def __init__(self, config: HoloConfig, *, rngs: nnx.Rngs) -> None:
+        self.blocks = nnx.List([Block(config, kind, rngs=rngs) for kind in config.layer_kinds])
+
+    def __call__(
+        self, x: Array, context: Context, turns: Array | None, states: tuple[Any, ...] | None
+    ) -> tuple[Array, tuple[Any, ...] | None]:
+        """Runs the blocks in order; ``turns`` is [k, h, m]."""
+        after = []
+        for index, block in enumerate(self.blocks):
+            own_turns = None if turns is None else turns[index]
+            x, state = block(x, context, own_turns, None if states is None else states[index])
+            after.append(state)
+        return x, None if states is None else tuple(after)
+
+
+class HoloModel(nnx.Module):
+    """Embedding, the blocks (stacked, run by ``lax.scan``), and the final norm."""
+
+    def __init__(self, config: HoloConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        dtype = jnp.dtype(config.precision.params)
+        shape = (config.vocab_size, config.hidden_size)
+        table = config.initializer_range * jax.random.normal(rngs.params(), shape, dtype)
+        self.embedding = parameter(table, ("vocab", "embed"))
+        self.periods = nnx.vmap(lambda r: Period(config, rngs=r))(rngs.split(config.num_periods))
+        self.norm = Normalization(config, (config.hidden_size,), ("embed",))
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        state: ModelState | None = None,
+    ) -> HiddenOutput:
+        """Reads tokens, from nothing or on from ``state``.
+
+        Args:
+          input_ids: token ids.
+          segment_ids: document of each token; tokens see only their own document. Ids must differ
+            between the documents of a row; 0 marks padding.
+          state: where reading stopped before; a row goes on with it where its first id is the state's.
+        """
+        config = self.config
+        context, state_after = _context(input_ids, segment_ids, state)
+        x = self.embedding[...][input_ids].astype(config.precision.storage)
+        turns = positional_turns(config)
+
+        def body(x: Array, xs: tuple[Period, Array | None, Any]) -> tuple[Array, Any]:
+            period, own_turns, states = xs
+            return period(x, context, own_turns, states)
+
+        layers = None if state is None else state.layers
+        x, layers = jax.lax.scan(
+            _remat(body, config.remat),
+            x,
+            (self.periods, turns, layers),
+            unroll=min(config.scan_unroll, config.num_periods),
+        )
+        if state_after is not None:
+            state_after = state_after._replace(layers=layers)
+        return HiddenOutput(self.norm(x), state_after)
+
+
+class HoloForCausalLM(nnx.Module):
+    """A causal language model over ``HoloModel``.
+
+    Example:
+      >>> model = HoloForCausalLM(HoloConfig(vocab_size=256, hidden_size=64, hd_dim=64,
+      ...                                    head_dim=32, num_hidden_layers=2), rngs=nnx.Rngs(0))
+      >>> outputs = model(input_ids, labels=input_ids)
+      >>> outputs.loss, outputs.logits.shape
+    """
+
+    def __init__(self, config: HoloConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.model = HoloModel(config, rngs=rngs)
+        if not config.tie_embeddings:
+            features = (config.hidden_size, config.vocab_size)
+            self.head = Linear(config, features, ("embed", "vocab"), std=config.initializer_range, rngs=rngs)
+
+    @property
+    def output_weights(self) -> Float[Array, "e v"]:
+        """The output projection, float32 masters."""
+        return self.model.embedding[...].T if self.config.tie_embeddings else self.head.weight[...]
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b t"],
+        labels: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        state: ModelState | None = None,
+    ) -> CausalLMOutput:
+        """Logits, and the next-token loss if labels are given.
+
+        Args:
+          input_ids: token ids in [0, vocab_size).
+          labels: usually ``input_ids`` itself; shifted here, once. -100 is ignored.
+          segment_ids, state: see ``HoloModel``.
+
+        Returns:
+          ``CausalLMOutput``. Under jit, logits that are not used are not computed: the loss goes
+          through ``chunked_cross_entropy`` and never needs them.
+        """
+        hidden, state = self.model(input_ids, segment_ids, state)
+        loss = loss_sum = num_targets = None
+        if labels is not None:
+            targets = next_token_targets(labels, segment_ids)
+            loss_sum, num_targets = chunked_cross_entropy(
+                hidden,
+                self.output_weights,
+                targets,
+                chunk_tokens=self.config.loss_chunk,
+                logits_dtype=self.config.precision.logits,
+            )
+            loss = loss_sum / jnp.maximum(num_targets, 1).astype(loss_sum.dtype)
+        return CausalLMOutput(self.logits(hidden), loss, loss_sum, num_targets, state)
+
+    def logits(self, hidden: Float[Array, "b t e"]) -> Float[Array, "b t v"]:
+        """Logits of final hidden states, in the logits dtype."""
+        return jnp.einsum(
+            "bte,ev->btv",
+            hidden,
+            self.output_weights.astype(hidden.dtype),
+            preferred_element_type=jnp.dtype(self.config.precision.logits),
+        )
+
+
+def init_state(config: HoloConfig, batch: int, *, cache_length: int = 0) -> ModelState:
+    """The state before the first token.
+
+    Args:
+      config: the model's configuration.
+      batch: rows.
+      cache_length: slots of attention layers' caches, in tokens; not needed by other mixers.
+
+    Raises:
+      ValueError: if the model has attention layers and ``cache_length`` is not positive.
+    """
+    if "attention" in config.layer_kinds and cache_length < 1:
+        raise ValueError(
+            f"cache_length is {cache_length}; a model with attention layers needs at least 1 slot"
+        )
+
+    def stacked(kind: str) -> Any:
+        one = MIXERS[kind].init_state(_for_kind(config, kind), batch, cache_length)
+        return jax.tree.map(lambda a: jnp.repeat(a[None], config.num_periods, axis=0), one)
+
+    return ModelState(
+        layers=tuple(stacked(kind) for kind in config.layer_kinds),
+        position=jnp.zeros((batch,), jnp.uint32),
+        segment=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def positional_turns(config: HoloConfig) -> UInt32[Array, "n k h m"] | None:
+    """The fixed positional phasors of every layer, drawn from ``phasor_seed``; None if unused."""
+    if config.mixer != "holo" or config.addressing == "content":
+        return None
+    h, m = config.num_heads, config.key_dim
+    keys = jax.random.split(jax.random.key(config.phasor_seed, impl="threefry2x32"), config.num_hidden_layers)
+
+    def draw(key: Array) -> Array:
+        if config.frequencies == "multiscale":
+            return generate_multiscale_phasors(key, h, m, std_max=config.frequency_std)
+        return generate_random_phasors(key, (h, m), distribution=config.frequencies, std=config.frequency_std)
+
+    turns = jnp.stack([draw(key) for key in keys])
+    return turns.reshape(config.num_periods, len(config.layer_kinds), h, m)
+
+
+def count_parameters(params: Any) -> int:
+    """Numbers in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def logical_axes(params: nnx.State) -> dict[str, Any]:
+    """Axis names of every parameter as a pure dict; stacked parameters gain a leading ``layers``."""
+
+    def axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+        own = variable.get_metadata()["axes"]
+        return ("layers", *own) if len(own) < variable[...].ndim else own
+
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    named = jax.tree.map(axes, params, is_leaf=is_variable)
+    return nnx.to_pure_dict(named)
+
+
+def _for_kind(config: HoloConfig, kind: str) -> HoloConfig:
+    if kind == "attention" and config.mixer != "attention":
+        return config.replace(mixer="attention", erase=False, hd_dim=config.hidden_size)
+    return config
+
+
+def _remat(body: Any, policy: str) -> Any:
+    if policy == "none":
+        return body
+    if policy == "full":
+        return jax.checkpoint(body, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.checkpoint(body, policy=dots, prevent_cse=False)
+
+
+def _context(
+    input_ids: Array, segment_ids: Array | None, state: ModelState | None
+) -> tuple[Context, ModelState | None]:
+    b, t = input_ids.shape
+    if segment_ids is None:
+        inside = jnp.arange(t, dtype=jnp.uint32)[None]
+        if state is None:
+            return Context(inside), None
+        inside = inside + state.position[:, None]
+        after = ModelState((), state.position + jnp.uint32(t), state.segment)
+        return Context(inside), after
+    previous = None if state is None else state.segment
+    starts = segment_starts(segment_ids, previous)
+    inside = segment_positions(starts, None if state is None else state.position)
+    if state is None:
+        return Context(inside, segment_ids), None
+    after = ModelState((), inside[:, -1] + 1, segment_ids[:, -1].astype(jnp.int32))
+    return Context(inside, segment_ids, ~starts[:, 0]), after

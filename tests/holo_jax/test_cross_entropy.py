@@ -1,0 +1,53 @@
+"""The chunked loss equals the plain one, in value and gradient, and counts what it should."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy, next_token_targets, token_losses
+
+
+def test_targets_shift_once_and_stop_at_borders() -> None:
+    labels = jnp.array([[5, 6, 7, 8, 9], [1, IGNORE, 3, 4, 5]])
+    assert next_token_targets(labels).tolist() == [[6, 7, 8, 9, IGNORE], [IGNORE, 3, 4, 5, IGNORE]]
+    segments = jnp.array([[1, 1, 2, 2, 0], [0, 0, 1, 1, 1]])
+    expected = [[6, IGNORE, 8, IGNORE, IGNORE], [IGNORE, IGNORE, 4, 5, IGNORE]]
+    assert next_token_targets(labels, segments).tolist() == expected
+
+
+@pytest.mark.parametrize(("length", "chunk_tokens"), [(1, 64), (7, 4), (7, 1000), (8, 8)])
+def test_matches_plain_loss_and_gradients(length: int, chunk_tokens: int) -> None:
+    keys = jax.random.split(jax.random.key(length), 3)
+    hidden = jax.random.normal(keys[0], (2, length, 6))
+    weights = jax.random.normal(keys[1], (6, 11))
+    targets = jax.random.randint(keys[2], (2, length), 0, 11).at[1, 0].set(IGNORE)
+
+    def plain(hidden: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = jnp.einsum("bte,ev->btv", hidden, weights)
+        return 3 * jnp.sum(token_losses(logits, targets)[0])
+
+    def chunked(hidden: jax.Array, weights: jax.Array) -> jax.Array:
+        total, count = chunked_cross_entropy(hidden, weights, targets, chunk_tokens=chunk_tokens)
+        assert count == 2 * length - 1
+        return 3 * total
+
+    value, gradients = jax.value_and_grad(plain, (0, 1))(hidden, weights)
+    ours, our_gradients = jax.value_and_grad(chunked, (0, 1))(hidden, weights)
+    np.testing.assert_allclose(ours, value, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), our_gradients, gradients
+    )
+
+
+def test_logits_of_one_chunk_only() -> None:
+    """The compiled loss and gradient need less memory than one full set of logits."""
+    hidden = jax.ShapeDtypeStruct((1, 4096, 8), jnp.float32)
+    weights = jax.ShapeDtypeStruct((8, 4096), jnp.float32)
+    targets = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+
+    def loss(hidden: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:
+        return chunked_cross_entropy(hidden, weights, targets, chunk_tokens=256)[0]
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, weights, targets).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4 / 4
