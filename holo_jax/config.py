@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any, Literal, Self, get_args
 
-from holo_jax.precision import Precision
+from holo_jax.precision import MIXED, Precision
 
 Mixer = Literal["holo", "attention", "ssm"]
 Binding = Literal["outer", "hadamard"]
@@ -77,7 +77,7 @@ class HoloConfig:
       norm: normalisation before each sub-layer and at the end.
       norm_eps: its epsilon.
       mlp: the denoiser: ``swiglu``, ``gelu`` (with biases), ``linear`` (no non-linearity), or ``none``.
-      mlp_ratio: hidden width of the ``gelu`` form over ``hidden_size``; ``swiglu`` is sized to equal parameters.
+      mlp_ratio: hidden width of the ``gelu`` form over ``hidden_size``; ``swiglu`` has equal parameters.
       anchor_every: make every k-th layer softmax attention with RoPE; 0 for none.
       attention_window: sliding window of attention layers in tokens; 0 for full causal attention.
       rope_base: base of the rotary frequencies.
@@ -131,7 +131,7 @@ class HoloConfig:
     memory_backend: str = "auto"
     chunk_size: int = 0
     loss_chunk: int = 8192
-    precision: Precision = Precision()
+    precision: Precision = MIXED
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -168,7 +168,8 @@ class HoloConfig:
             )
         if self.anchor_every and self.num_hidden_layers % self.anchor_every:
             raise ValueError(
-                f"anchor_every is {self.anchor_every}; it must divide num_hidden_layers ({self.num_hidden_layers})"
+                f"anchor_every is {self.anchor_every}; it must divide"
+                f" num_hidden_layers ({self.num_hidden_layers})"
             )
         if (self.mixer == "attention" or self.anchor_every) and self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; rotary attention needs an even one")

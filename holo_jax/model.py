@@ -282,7 +282,7 @@ def _remat(body: Any, policy: str) -> Any:
 def _context(
     input_ids: Array, segment_ids: Array | None, state: ModelState | None
 ) -> tuple[Context, ModelState | None]:
-    b, t = input_ids.shape
+    t = input_ids.shape[1]
     if segment_ids is None:
         inside = jnp.arange(t, dtype=jnp.uint32)[None]
         if state is None:

@@ -109,7 +109,7 @@ class AttentionMixer(nnx.Module):
         times = state.index + jnp.arange(t, dtype=jnp.int32)
         after = _append(state, keys, values, segment_ids, times)
         if self.config.attention_window:
-            # A ring may overwrite what the new tokens still see, so they attend to the old slots and themselves.
+            # A ring may overwrite what new tokens still see: they attend to the old slots and themselves.
             seen_keys = jnp.concatenate([state.keys, keys], axis=1)
             seen_values = jnp.concatenate([state.values, values], axis=1)
             seen_times = jnp.concatenate([state.times, times])
