@@ -12,7 +12,8 @@ from collections.abc import Iterator
 import grain
 import numpy as np
 
-from train.corpus.dataset import DataError, Dataset, Document, Mixture, Record
+from train.corpus.dataset import Dataset, Document, Mixture, Record
+from train.corpus.errors import DataError
 from train.corpus.python_source import PythonSource, python_source
 
 __all__ = [

@@ -11,10 +11,6 @@ import numpy as np
 Record = dict[str, np.ndarray]
 
 
-class DataError(ValueError):
-    """Data that is missing, damaged or not what was asked for. The message names the file or field."""
-
-
 class Document(NamedTuple):
     """One whole document.
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from train.corpus.dataset import DataError, Document, Record, segments_to_record
+from train.corpus.dataset import Document, Record, segments_to_record
+from train.corpus.errors import DataError
 from train.corpus.tokenizers import ByteTokenizer
 
 SPLITS = ("train", "heldout")
