@@ -257,7 +257,7 @@ def logical_axes(params: nnx.State) -> dict[str, Any]:
 
     def axes(variable: nnx.Variable) -> tuple[str | None, ...]:
         own = variable.get_metadata()["axes"]
-        return ("layers", *own) if len(own) < variable[...].ndim else own
+        return ("layers", *own) if len(own) < len(variable.shape) else own
 
     is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
     named = jax.tree.map(axes, params, is_leaf=is_variable)
