@@ -1,0 +1,143 @@
+"""The record of a run: ``metrics.jsonl`` with every step exactly once, and TensorBoard events."""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from train.errors import StorageError
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_DIRECTORY = "tensorboard"
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a metrics file in step order, one a step (the last written wins); damaged lines are left out."""
+    rows: dict[int, Row] = {}
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+            rows[int(row["step"])] = row
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return [rows[step] for step in sorted(rows)]
+
+
+class MetricsLog:
+    """``metrics.jsonl`` and TensorBoard, continued after ``last_step``.
+
+    Whatever was recorded of later steps is dropped, in one atomic replacement: those steps are
+    computed again. Non-finite numbers are written as null.
+    """
+
+    def __init__(self, workdir: Path, last_step: int, *, tensorboard: bool) -> None:
+        """Opens the record.
+
+        Raises:
+          StorageError: if it cannot be written.
+        """
+        self.path = workdir / METRICS_FILE
+        try:
+            self.rows = [row for row in read_rows(self.path) if 1 <= row["step"] <= last_step]
+            part = self.path.with_suffix(".part")
+            with part.open("wb") as file:
+                file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(self.path)
+            # Unbuffered: a full disk shows at the write that hits it, and nothing is left to fail in close().
+            self._file = self.path.open("ab", buffering=0)
+            self._events = _Events(workdir / TENSORBOARD_DIRECTORY, last_step) if tensorboard else None
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def missing_steps(self, last_step: int) -> int:
+        """How many steps up to ``last_step`` have no row (somebody changed the file)."""
+        return last_step - len(self.rows)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends the row of one step.
+
+        Raises:
+          StorageError: if the disk refuses.
+        """
+        plain = {name: _json_value(value) for name, value in row.items()}
+        data = memoryview(json.dumps(plain, allow_nan=False).encode() + b"\n")
+        try:
+            while data:
+                data = data[self._file.write(data) :]
+            if self._events is not None:
+                self._events.write(plain)
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def sync(self) -> None:
+        """Brings everything written to disk; to be called before a checkpoint covers these steps.
+
+        Raises:
+          StorageError: if the disk refuses.
+        """
+        try:
+            os.fsync(self._file.fileno())
+            if self._events is not None:
+                self._events.flush()
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def close(self) -> None:
+        """Closes the files. After ``sync`` nothing is left to write; without it a full disk is no news."""
+        self._file.close()
+        if self._events is not None:
+            with contextlib.suppress(OSError):
+                self._events.close()
+
+    def _failed(self, error: OSError) -> StorageError:
+        return StorageError(f"{self.path.parent}: the record cannot be written: {error.strerror or error}")
+
+
+class _Events:
+    """TensorBoard scalars, written in the caller's thread so that errors reach the caller."""
+
+    def __init__(self, directory: Path, last_step: int) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Two starts within a second must not share a file.
+        self._writer = EventsWriter(str(directory / "events"), filename_suffix=f".{time.time_ns()}")
+        if last_step:
+            # TensorBoard drops what earlier files say of steps from here on.
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=last_step + 1, session_log=start))
+
+    def write(self, row: Row) -> None:
+        values = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if name != "step" and isinstance(value, int | float)
+        ]
+        event = Event(wall_time=time.time(), step=row["step"], summary=Summary(value=values))
+        self._writer.write_event(event)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,142 @@
+"""Where every array lives: the device mesh and the rules from logical axes to mesh axes. All of it is here.
+
+The model names the axes of its parameters ("embed", "heads", ...) and knows nothing of devices.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from train.errors import MeshError
+from train.run_config import MeshConfig
+
+MESH_AXES = ("data", "fsdp", "seq", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# Logical axis of a parameter -> mesh axis. A name missing here is an error, None is replicated.
+RULES: Mapping[str, str | None] = {
+    "layers": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+}
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, seq, tensor) over all devices.
+
+    Raises:
+      MeshError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.seq, config.tensor]
+    others = math.prod(sizes[1:])
+    if sizes[0] == -1:
+        if len(devices) % others:
+            raise MeshError(
+                f"mesh fsdp x seq x tensor = {others} must divide the {len(devices)} devices present"
+            )
+        sizes[0] = len(devices) // others
+    if math.prod(sizes) != len(devices):
+        shape = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise MeshError(
+            f"mesh {shape} = {math.prod(sizes)}; it must equal the {len(devices)} devices present"
+        )
+    # Auto leaves the inner layout to the compiler; jax.make_mesh's own default is Explicit.
+    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def check_batch(mesh: Mesh, global_batch_size: int, accumulation_steps: int, context_length: int) -> None:
+    """Checks that batches divide over the mesh.
+
+    Raises:
+      MeshError: with the sizes that do not fit.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if global_batch_size % (ways * accumulation_steps):
+        raise MeshError(
+            f"global_batch_size {global_batch_size} must be a multiple of mesh.data x mesh.fsdp x "
+            f"accumulation_steps = {mesh.shape['data']} x {mesh.shape['fsdp']} x {accumulation_steps}"
+        )
+    if context_length % mesh.shape["seq"]:
+        raise MeshError(f"context_length {context_length} must be a multiple of mesh.seq {mesh.shape['seq']}")
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of scalars: a copy on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of [accumulation, b, t] batches."""
+    return NamedSharding(mesh, P(None, BATCH_AXES, "seq"))
+
+
+def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+    """A sharding for every parameter from the names of its axes.
+
+    Args:
+      mesh: the device mesh.
+      axes: tree of tuples, one logical name or None a dimension.
+      shapes: the same tree of ``jax.ShapeDtypeStruct``.
+
+    Raises:
+      MeshError: if a name has no rule, or a dimension does not divide over its mesh axis.
+    """
+
+    def one(path: Any, shape: jax.ShapeDtypeStruct, names: tuple[str | None, ...]) -> NamedSharding:
+        where = path_name(path)
+        if len(names) != len(shape.shape):
+            raise MeshError(f"{where} has axes {names} for shape {shape.shape}; it needs one a dimension")
+        spec = []
+        for name, size in zip(names, shape.shape, strict=True):
+            if name is not None and name not in RULES:
+                raise MeshError(f"{where} has the axis {name!r}, for which train/sharding.py has no rule")
+            target = RULES[name] if name is not None else None
+            if target is not None and size % mesh.shape[target]:
+                raise MeshError(
+                    f"{where}: axis {name} of size {size} must be a multiple of mesh.{target} "
+                    f"= {mesh.shape[target]}"
+                )
+            # A mesh axis may appear once in a spec; a later dimension of the same kind stays whole.
+            spec.append(None if target in spec else target)
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree_util.tree_map_with_path(one, shapes, axes)
+
+
+def optimizer_shardings(
+    mesh: Mesh, optimizer: optax.GradientTransformation, opt_shapes: Any, param_shardings: Any
+) -> Any:
+    """Moments lie where their parameters lie; counters are replicated."""
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        opt_shapes,
+        param_shardings,
+        transform_non_params=lambda _: replicated(mesh),
+    )
+
+
+def put_batch(batch: Mapping[str, np.ndarray], accumulation_steps: int, sharding: NamedSharding) -> dict:
+    """This process's rows [b, t] onto the devices as [accumulation, b / accumulation, t]."""
+
+    def put(rows: np.ndarray) -> jax.Array:
+        parts = rows.reshape(accumulation_steps, rows.shape[0] // accumulation_steps, *rows.shape[1:])
+        if jax.process_count() == 1:
+            return jax.device_put(parts, sharding)
+        return jax.make_array_from_process_local_data(sharding, parts)
+
+    return {name: put(batch[name]) for name in ("tokens", "segment_ids")}
+
+
+def path_name(path: Any) -> str:
+    """A tree path as dotted names."""
+    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
