@@ -1,7 +1,9 @@
 """Typed errors of the data pipeline. Every message names the file or field and what would put it right."""
 
+from train.errors import UsageError
 
-class DataError(ValueError):
+
+class DataError(UsageError, ValueError):
     """Data that is missing, damaged, or not what was asked for."""
 
 

@@ -1,0 +1,194 @@
+"""Reads a prepared directory: records by index for training, whole documents for evaluation."""
+
+import bisect
+import collections
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+from train.corpus.dataset import Document, Record, segments_to_record
+from train.corpus.errors import DataError, ShardError
+from train.corpus.files import sha256_bytes
+from train.corpus.manifest import MANIFEST_FILE, TOKENIZER_DIRECTORY, Json, read_manifest
+from train.corpus.packing import PackedRecord, decode_record
+from train.corpus.shards import READER_OPTIONS
+from train.corpus.tokenizers import Tokenizer, load_tokenizer
+from train.corpus.verify import verify_once
+
+_OPEN_SHARDS = 128
+_READ_AHEAD_RECORDS = 64
+
+
+class PreparedDataset:
+    """One split of a prepared directory as a ``Dataset``.
+
+    Args:
+      directory: as written by ``python -m train.prepare``.
+      split: which part.
+      context_length: tokens of a record; a divisor of the prepared length cuts each stored record into
+        equal windows, in which cut segments start anew. None keeps the prepared length.
+      subset_ids: adds ``subset_ids`` int32 [t] to each record: 1 + index into ``subsets``, 0 on padding.
+      verify: check the SHA-256 of every shard first (at once when nothing changed since the last time).
+
+    Raises:
+      ManifestError: if the directory is not prepared; the message says which command makes it.
+      ShardError: naming a shard that is missing, damaged or swapped.
+      DataError: for an unknown split, or a context length that does not divide the prepared one.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        split: str = "train",
+        *,
+        context_length: int | None = None,
+        subset_ids: bool = False,
+        verify: bool = True,
+    ) -> None:
+        self.directory, self.split = Path(directory), split
+        self.manifest: Json = read_manifest(self.directory)
+        self._shards = self._shards_of(split)
+        stored = int(self.manifest["options"]["context_length"])
+        self._context_length = stored if context_length is None else context_length
+        if self._context_length < 2 or stored % self._context_length:
+            raise DataError(
+                f"context_length is {context_length}; {directory} was prepared for {stored}, so it must "
+                f"divide that (or prepare again with --context-length={context_length})"
+            )
+        self._windows = stored // self._context_length
+        self._dtype = np.dtype(self.manifest["token_dtype"]).newbyteorder("<")
+        if verify:
+            verify_once(self.directory, [split])
+        sizes = [-(-shard["packed_tokens"] // self._context_length) for shard in self._shards]
+        self._ends = np.cumsum(sizes).tolist()
+        self.subsets: list[str] = sorted({name for shard in self._shards for name in shard["subset_names"]})
+        self._with_subsets = subset_ids
+        self.manifest_sha256 = sha256_bytes((self.directory / MANIFEST_FILE).read_bytes())
+        self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def _shards_of(self, split: str) -> list[Json]:
+        if split not in self.manifest["splits"]:
+            known = ", ".join(sorted(self.manifest["splits"]))
+            raise DataError(f"{self.directory} has no split {split!r} but {known}")
+        return self.manifest["splits"][split]["shards"]
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.manifest["tokenizer"]["vocab_size"])
+
+    @property
+    def context_length(self) -> int:
+        return self._context_length
+
+    @property
+    def fingerprint(self) -> str:
+        return sha256_bytes(f"{self.manifest_sha256}/{self.split}/{self._context_length}".encode())
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer stored beside the data."""
+        return load_tokenizer(self.directory / TOKENIZER_DIRECTORY)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)}")
+        number = bisect.bisect_right(self._ends, index)
+        place = index - (self._ends[number - 1] if number else 0)
+        shard = self._shards[number]
+        packed = self._read(shard, place // self._windows, place // self._windows + 1)[0]
+        return self._window(packed, place % self._windows, shard)
+
+    def _window(self, packed: PackedRecord, window: int, shard: Json) -> Record:
+        size = self._context_length
+        begin, end = window * size, min((window + 1) * size, packed.length)
+        starts = packed.segments["start"].astype(np.int64)
+        first = np.searchsorted(starts, begin, side="right") - 1
+        last = np.searchsorted(starts, end)
+        local = np.maximum(starts[first:last] - begin, 0)
+        record = segments_to_record(packed.tokens[begin : begin + size].astype(np.int32), local, end - begin)
+        if self._with_subsets:
+            names = [self.subsets.index(name) + 1 for name in shard["subset_names"]]
+            by_segment = np.array(
+                [0, *(names[subset] for subset in packed.segments["subset"][first:last])], np.int32
+            )
+            record["subset_ids"] = by_segment[record["segment_ids"]]
+        return record
+
+    def documents(self, split: str | None = None, *, min_tokens: int = 1) -> Iterator[Document]:
+        """Whole documents of a split (default: this one) in stored order, put together from their records.
+
+        Args:
+          min_tokens: leave out shorter ones, marks included.
+
+        Raises:
+          DataError: for an unknown split.
+          ShardError: naming a shard whose records do not fit together.
+        """
+        name = self.split if split is None else split
+        shards = self._shards_of(name)
+        if name != self.split:
+            verify_once(self.directory, [name])
+        return (document for shard in shards for document in self._documents_of(shard, min_tokens))
+
+    def _documents_of(self, shard: Json, min_tokens: int) -> Iterator[Document]:
+        parts: list[np.ndarray] = []
+        known = 0
+        for packed in self._records_of(shard):
+            ends = np.append(packed.segments["start"][1:], packed.length)
+            for row, end in zip(packed.segments, ends, strict=True):
+                if int(row["offset"]) != known:
+                    raise ShardError(
+                        f"{self.directory / shard['file']}: document {row['document']} has a gap"
+                    )
+                parts.append(packed.tokens[row["start"] : end])
+                known += len(parts[-1])
+                if known == int(row["size"]):
+                    if known >= min_tokens:
+                        tokens = np.concatenate(parts).astype(np.int32)
+                        name = f"{shard['source']['name']}#{row['document']}"
+                        subset = shard["subset_names"][row["subset"]]
+                        yield Document(tokens, name, subset, int(row["text_bytes"]))
+                    parts, known = [], 0
+        if known:
+            raise ShardError(f"{self.directory / shard['file']} ends inside a document")
+
+    def _records_of(self, shard: Json) -> Iterator[PackedRecord]:
+        for begin in range(0, shard["records"], _READ_AHEAD_RECORDS):
+            yield from self._read(shard, begin, min(begin + _READ_AHEAD_RECORDS, shard["records"]))
+
+    def _read(self, shard: Json, begin: int, end: int) -> list[PackedRecord]:
+        path = self.directory / shard["file"]
+        stored = int(self.manifest["options"]["context_length"])
+        try:
+            records = self._reader(str(path)).read(begin, end)
+            return [decode_record(record, stored, self._dtype) for record in records]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ShardError(f"{path}: records {begin} to {end - 1} cannot be read: {error}") from error
+
+    def _reader(self, path: str) -> Any:
+        """An open reader, from the last used ones: a corpus can have more shards than a process may open."""
+        with self._lock:
+            reader = self._readers.pop(path, None)
+            if reader is None:
+                reader = array_record_module.ArrayRecordReader(path, READER_OPTIONS)
+            self._readers[path] = reader
+            if len(self._readers) > _OPEN_SHARDS:
+                self._readers.popitem(last=False)
+        return reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_readers"], state["_lock"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._readers, self._lock = collections.OrderedDict(), threading.Lock()
