@@ -1,16 +1,25 @@
 """Shared test set-up: CPU, eight fake devices, no silent rank promotion, checked shape annotations.
 
-``HOLO_TEST_PLATFORM=cuda`` runs the same suite on a GPU.
+``HOLO_TEST_PLATFORM=cuda`` runs the same suite on a GPU. Compiled programs are kept in
+``.pytest_cache/jax`` and, on the CPU, compiled without costly optimisation: the suite runs many tiny
+programs once.
 """
 
 import os
+from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 _platform = os.environ.get("HOLO_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = _platform
 if _platform == "cpu":
     _flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in _flags:
-        os.environ["XLA_FLAGS"] = f"{_flags} --xla_force_host_platform_device_count=8".strip()
+    for _flag in ("--xla_force_host_platform_device_count=8", "--xla_backend_optimization_level=0"):
+        if _flag.split("=")[0] not in _flags:
+            _flags = f"{_flags} {_flag}"
+    os.environ["XLA_FLAGS"] = _flags.strip()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
 
 from jaxtyping import install_import_hook
 

@@ -148,7 +148,8 @@ def _append(
 
 def rotary_turns(config: HoloConfig) -> np.ndarray:
     """Rotary frequencies in uint32 turns a token, so that angles stay exact at any position."""
-    frequencies = np.asarray(rope_frequencies(config.head_dim // 2, config.rope_base), np.float64)
+    with jax.ensure_compile_time_eval():
+        frequencies = np.asarray(rope_frequencies(config.head_dim // 2, config.rope_base), np.float64)
     return np.round(frequencies / (2 * np.pi) * 2**32).astype(np.uint64).astype(np.uint32)
 
 
