@@ -7,13 +7,15 @@ and of restarts cannot change what is trained on, and the whole position is one 
 
 import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import grain
 import numpy as np
 
 from train.corpus.dataset import Dataset, Document, Mixture, Record
 from train.corpus.errors import DataError
+from train.corpus.prepared import PreparedDataset
 from train.corpus.python_source import PythonSource, python_source
 
 __all__ = [
@@ -22,13 +24,40 @@ __all__ = [
     "Document",
     "Loader",
     "Mixture",
+    "PreparedDataset",
     "PythonSource",
     "Record",
     "make_loader",
+    "open_prepared",
     "python_source",
 ]
 
 _PREFETCH_BATCHES = 4
+
+
+def open_prepared(
+    paths: Sequence[str | Path],
+    split: str = "train",
+    *,
+    weights: Sequence[float] = (),
+    context_length: int | None = None,
+    verify: bool = True,
+) -> PreparedDataset | Mixture:
+    """One prepared directory as a data set, several as a mixture by ``weights`` (equal by default).
+
+    Raises:
+      DataError: for no path, directories of different tokenizers, or as ``PreparedDataset``.
+      ValueError: for weights that do not fit, as ``Mixture``.
+    """
+    if not paths:
+        raise DataError("no prepared directory is given")
+    parts = [PreparedDataset(path, split, context_length=context_length, verify=verify) for path in paths]
+    for part in parts[1:]:
+        if part.manifest["tokenizer"]["sha256"] != parts[0].manifest["tokenizer"]["sha256"]:
+            raise DataError(f"{part.directory} was prepared with another tokenizer than {parts[0].directory}")
+    if len(parts) == 1 and not weights:
+        return parts[0]
+    return Mixture(tuple(parts), tuple(weights) or (1.0,) * len(parts))
 
 
 def _places(size: int, seed: int, shuffle: bool) -> grain.MapDataset:

@@ -36,7 +36,8 @@ class Dataset(Protocol):
     ``dataset[i]`` is ``dict(tokens=int32 [t], segment_ids=int32 [t], positions=int32 [t])`` with
     ``t = context_length``. Segments (pieces of documents) are numbered 1, 2, ... in a record; 0 is
     padding. Positions restart at 0 with each segment. ``fingerprint`` is a SHA-256 over everything
-    that decides the records' content.
+    that decides the records' content. ``documents`` gives the whole documents of a split ("train",
+    "heldout", or another of the corpus's own), of the data set's own split by default.
     """
 
     @property
@@ -52,7 +53,7 @@ class Dataset(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
-    def documents(self, split: str, *, min_tokens: int = 1) -> Iterator[Document]: ...
+    def documents(self, split: str | None = None, *, min_tokens: int = 1) -> Iterator[Document]: ...
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ class PreparedDataset:
 
     Args:
       directory: as written by ``python -m train.prepare``.
-      split: which part.
+      split: which part; "heldout" is the corpus's "validation".
       context_length: tokens of a record; a divisor of the prepared length cuts each stored record into
         equal windows, in which cut segments start anew. None keeps the prepared length.
       subset_ids: adds ``subset_ids`` int32 [t] to each record: 1 + index into ``subsets``, 0 on padding.
@@ -49,9 +49,10 @@ class PreparedDataset:
         subset_ids: bool = False,
         verify: bool = True,
     ) -> None:
-        self.directory, self.split = Path(directory), split
+        self.directory = Path(directory)
         self.manifest: Json = read_manifest(self.directory)
-        self._shards = self._shards_of(split)
+        self.split = self._split(split)
+        self._shards = self._shards_of(self.split)
         stored = int(self.manifest["options"]["context_length"])
         self._context_length = stored if context_length is None else context_length
         if self._context_length < 2 or stored % self._context_length:
@@ -62,7 +63,7 @@ class PreparedDataset:
         self._windows = stored // self._context_length
         self._dtype = np.dtype(self.manifest["token_dtype"]).newbyteorder("<")
         if verify:
-            verify_once(self.directory, [split])
+            verify_once(self.directory, [self.split])
         sizes = [-(-shard["packed_tokens"] // self._context_length) for shard in self._shards]
         self._ends = np.cumsum(sizes).tolist()
         self.subsets: list[str] = sorted({name for shard in self._shards for name in shard["subset_names"]})
@@ -71,10 +72,14 @@ class PreparedDataset:
         self._readers: collections.OrderedDict[str, Any] = collections.OrderedDict()
         self._lock = threading.Lock()
 
-    def _shards_of(self, split: str) -> list[Json]:
+    def _split(self, name: str) -> str:
+        split = "validation" if name == "heldout" else name
         if split not in self.manifest["splits"]:
             known = ", ".join(sorted(self.manifest["splits"]))
             raise DataError(f"{self.directory} has no split {split!r} but {known}")
+        return split
+
+    def _shards_of(self, split: str) -> list[Json]:
         return self.manifest["splits"][split]["shards"]
 
     @property
@@ -132,7 +137,7 @@ class PreparedDataset:
           DataError: for an unknown split.
           ShardError: naming a shard whose records do not fit together.
         """
-        name = self.split if split is None else split
+        name = self.split if split is None else self._split(split)
         shards = self._shards_of(name)
         if name != self.split:
             verify_once(self.directory, [name])

@@ -55,7 +55,7 @@ class PythonSource:
         self.tokenizer = ByteTokenizer()
         digest = hashlib.sha256(f"python_source/1/{split}/{context_length}".encode())
         pieces, sizes = [], []
-        for document in self.documents(split):
+        for document in self.documents():
             digest.update(f"\0{document.name}\0{document.text_bytes}\0".encode() + (document.raw or b""))
             pieces.append(document.tokens.astype(np.uint16))
             sizes.append(len(document.tokens))
@@ -91,12 +91,13 @@ class PythonSource:
         starts = np.concatenate([[0], self._starts[first:last] - begin]).astype(np.int64)
         return segments_to_record(tokens, starts, len(piece))
 
-    def documents(self, split: str = "heldout", *, min_tokens: int = 1) -> Iterator[Document]:
-        """Whole files of a split with their bytes, by path."""
-        if split not in SPLITS:
+    def documents(self, split: str | None = None, *, min_tokens: int = 1) -> Iterator[Document]:
+        """Whole files of a split (default: this one) with their bytes, by path."""
+        wanted = self.split if split is None else split
+        if wanted not in SPLITS:
             raise ValueError(f"split is {split!r}; python_source has {', '.join(SPLITS)}")
         for name, raw in _read(self.root):
-            if split_of(name) == split and len(raw) + 2 >= min_tokens:
+            if split_of(name) == wanted and len(raw) + 2 >= min_tokens:
                 ids = np.empty(len(raw) + 2, np.int32)
                 ids[0], ids[-1] = self.tokenizer.bos_id, self.tokenizer.eos_id
                 ids[1:-1] = np.frombuffer(raw, np.uint8)
