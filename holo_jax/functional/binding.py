@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from holo_jax.array_types import Array, Complex, Float, Int
 from holo_jax.functional.checks import BINDINGS, check_choice, check_float, check_shape, real_dtype, wider
 from holo_jax.functional.segments import run_index, segmented_sum
+from holo_jax.functional.trigonometry import sincos
 from holo_jax.precision import assert_dtype, assert_wide, complex_dtype
 
 SCALES = ("sqrt_time", "sqrt_writes", "none")
@@ -51,15 +52,14 @@ def bind(
         raise ValueError(f"values has rank {values.ndim}; it must have the rank of phases, {phases.ndim}")
     dtype = real_dtype(phases, values)
     angle, value = phases.astype(dtype), values.astype(dtype)
+    sin, cos = sincos(angle)
     if binding == "hadamard":
         _check_width(phases.shape[-1], values.shape[-1])
-        bound = jax.lax.complex(jnp.cos(angle) * value, jnp.sin(angle) * value)
+        bound = jax.lax.complex(cos * value, sin * value)
     else:
         norm = math.sqrt(phases.shape[-1])
         value = value[..., None, :]
-        bound = jax.lax.complex(
-            (jnp.cos(angle) / norm)[..., None] * value, (jnp.sin(angle) / norm)[..., None] * value
-        )
+        bound = jax.lax.complex((cos / norm)[..., None] * value, (sin / norm)[..., None] * value)
     assert_dtype(bound, complex_dtype(dtype), "bound memory")
     return bound
 
@@ -98,11 +98,12 @@ def unbind(
     if phases.shape[-1] != width:
         raise ValueError(f"phases has {phases.shape[-1]} components; it must have {width}, as the memory")
     angle = phases.astype(dtype)
+    sin, cos = sincos(angle)
     if binding == "hadamard":
-        value = jnp.cos(angle) * memory.real + jnp.sin(angle) * memory.imag
+        value = cos * memory.real + sin * memory.imag
     else:
-        cos, sin = jnp.cos(angle)[..., None], jnp.sin(angle)[..., None]
-        value = jnp.sum(cos * memory.real + sin * memory.imag, axis=-2) / math.sqrt(width)
+        products = cos[..., None] * memory.real + sin[..., None] * memory.imag
+        value = jnp.sum(products, axis=-2) / math.sqrt(width)
     assert_dtype(value, dtype, "value read")
     return value
 

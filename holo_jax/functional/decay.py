@@ -83,7 +83,7 @@ def decayed_accumulate(
       segment_ids: ``[b, t]``; the state is emptied where the id changes. The initial state belongs to the
         segment of position 0.
       initial_state: ``[b, h, m, d]`` in the accumulator dtype; zeros if None.
-      chunk_size: positions per chunk of ``"chunked"``; a default if None. None for the other method.
+      chunk_size: positions per chunk, a default if None; read by ``"chunked"`` only.
       method: ``"chunked"``, or ``"recurrent"``, the definition.
 
     Returns:
@@ -91,15 +91,13 @@ def decayed_accumulate(
       float64). Chunked products have bfloat16 operands if the values are bfloat16.
 
     Raises:
-      ValueError: for an unknown method, a chunk size below 1 or given to the other method, no positions, or a shape that does not fit.
+      ValueError: for an unknown method, a chunk size below 1, no positions, or a shape that does not fit.
       TypeError: for arrays that are not floating point, or an initial state of another dtype.
     """
     check_choice("method", method, METHODS)
     check_float(keys=keys, queries=queries, values=values, log_decay=log_decay)
-    if chunk_size is not None and (method != "chunked" or chunk_size < 1):
-        raise ValueError(
-            f"chunk_size is {chunk_size!r} with method {method!r}; it must be None or at least 1"
-        )
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size is {chunk_size!r}; it must be at least 1, or None for the default")
     if values.ndim != 4 or values.shape[1] < 1:
         raise ValueError(f"values has shape {values.shape}; it must be [batch, time >= 1, heads, channels]")
     batch, time, heads, d = values.shape

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Complex, Float, UInt32
+from holo_jax.functional.trigonometry import sincos
 from holo_jax.precision import assert_dtype
 
 _BITS = 32
@@ -112,8 +113,8 @@ def phases_at(turns: UInt32[Array, "..."], positions: UInt32[Array, "b t"]) -> F
 
 def rotors(turns: UInt32[Array, "..."], positions: UInt32[Array, "b t"]) -> Complex[Array, "b t ..."]:
     """Unit phasors ``e^{i phase(t)}`` as complex64 ``[b, t, *turns.shape]``; see ``phases_at``."""
-    phases = phases_at(turns, positions)
-    return jax.lax.complex(jnp.cos(phases), jnp.sin(phases))
+    sin, cos = sincos(phases_at(turns, positions))
+    return jax.lax.complex(cos, sin)
 
 
 def rope_frequencies(n: int, base: float = 10000.0) -> Float[Array, " n"]:

@@ -28,11 +28,11 @@ class Runs(NamedTuple):
     """Run indices as the chunked forms need them; both arrays are int32 ``[b, t]``.
 
     Attributes:
-      index: run index of the position.
+      here: run index of the position.
       before: run index of the position before it (0 before position 0).
     """
 
-    index: Array
+    here: Array
     before: Array
 
 

@@ -23,16 +23,13 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from holo_jax.array_types import Array
-from holo_jax.functional.memory.chunks import advance, keep, scan_padded
+from holo_jax.functional.memory.chunks import advance, block_length, keep, prefix_states, scan_padded
 from holo_jax.functional.memory.products import contract, features, from_planes, planes
 from holo_jax.functional.memory.state import MemoryState
 from holo_jax.functional.memory.triangular import unit_lower_inverse
-from holo_jax.functional.segments import Runs, segmented_scan_sum
+from holo_jax.functional.segments import Runs
 
 Tree = Any
-
-# Chunks handled side by side: enough to fill wide devices, few enough to bound the transient arrays.
-CHUNKS_PER_BLOCK = 8
 
 
 class _Masks(NamedTuple):
@@ -48,7 +45,7 @@ def _masks(runs: Runs | None, batch: int, heads: int, count: int, chunk: int) ->
     causal = jnp.tril(jnp.ones((chunk, chunk), bool)).reshape(1, 1, 1, chunk, chunk)
     if runs is None:
         return _Masks(causal, None, None, None)
-    index = jnp.broadcast_to(runs.index.reshape(batch, 1, count, chunk), (batch, heads, count, chunk))
+    index = jnp.broadcast_to(runs.here.reshape(batch, 1, count, chunk), (batch, heads, count, chunk))
     before = runs.before.reshape(batch, 1, count, chunk)[..., :1]
     sees = index == before
     same = index[..., :, None] == index[..., None, :]
@@ -60,26 +57,6 @@ def _by_chunk(x: Array, chunk: int, batch: int) -> Array:
     x = x.reshape(x.shape[0], x.shape[1] // chunk, chunk, *x.shape[2:])
     x = jnp.moveaxis(x, 3, 1)
     return jnp.broadcast_to(x, (batch, *x.shape[1:]))
-
-
-def _sum_states(
-    state: Tree, phi_tail: Array, news: Array, masks: _Masks, operands: DTypeLike
-) -> tuple[Tree, Array]:
-    """Plain sum: final state and the state before each chunk ``[b, h, n, k, d]``, by a prefix over chunks."""
-    memory, residue = state
-    added = contract("bhncm,bhncd->bhnmd", operands, phi_tail, news)
-    if masks.survives is None:
-        alive = last_alive = None
-        total = lax.associative_scan(jnp.add, added, axis=2)
-    else:
-        # The state that entered the block lives on after chunk n if it survived every chunk so far.
-        alive = jnp.cumprod(masks.survives.astype(jnp.int32), axis=2) > 0
-        last_alive = alive[..., -1]
-        total = segmented_scan_sum(added, ~masks.survives, 2)
-    start = jnp.broadcast_to((memory + residue)[:, :, None], total.shape)
-    after = total + keep(alive, start)
-    before = jnp.concatenate([start[:, :, :1], after[:, :, :-1]], axis=2)
-    return advance(memory, residue, total[:, :, -1], last_alive), before
 
 
 def _erase_states(
@@ -113,7 +90,8 @@ def _block(
 
     if erase is None:
         news = written
-        state, before = _sum_states(state, phi_tail, news, masks, operands)
+        added = contract("bhncm,bhncd->bhnmd", operands, phi_tail, news)
+        state, before = prefix_states(state, added, masks.survives, axis=2)
     else:
         removal = _by_chunk(erase, chunk, batch)[..., None]
         strict = masks.causal & ~jnp.eye(chunk, dtype=bool).reshape(1, 1, 1, chunk, chunk)
@@ -144,13 +122,10 @@ def chunked_outer(
 
     Products have operands of dtype ``operands`` and memory-dtype accumulators; features, triangular inverse
     and states are in the memory dtype. Returns outputs, memory and residue. The backward pass holds the
-    inputs and one state per block of ``CHUNKS_PER_BLOCK`` chunks.
+    inputs and one state per block.
     """
     time = values.shape[1]
-    chunk = min(chunk, time)
-    chunks = -(-time // chunk)
-    blocks = -(-chunks // CHUNKS_PER_BLOCK)
-    length = -(-chunks // blocks) * chunk
+    chunk, length = block_length(time, chunk)
     outputs, (memory, residue) = scan_padded(
         partial(_block, chunk, operands),
         length,

@@ -17,12 +17,14 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from holo_jax.array_types import Array, Complex, Float
+from holo_jax.functional.trigonometry import sincos
 
 
 def features(phases: Float[Array, "... m"]) -> Float[Array, "... k"]:
     """``[cos, sin] / sqrt(m)``, of unit norm; ``[..., m] -> [..., 2 m]``."""
     norm = math.sqrt(phases.shape[-1])
-    return jnp.concatenate([jnp.cos(phases) / norm, jnp.sin(phases) / norm], axis=-1)
+    sin, cos = sincos(phases)
+    return jnp.concatenate([cos / norm, sin / norm], axis=-1)
 
 
 def planes(memory: Complex[Array, "... m d"]) -> Float[Array, "... k d"]:
