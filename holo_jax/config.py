@@ -82,7 +82,7 @@ class HoloConfig:
       attention_window: sliding window of attention layers in tokens; 0 for full causal attention.
       rope_base: base of the rotary frequencies.
       tie_embeddings: use the embedding as the output projection.
-      initializer_range: standard deviation of embedding and output projection at initialisation.
+      initializer_range: standard deviation of the output projection at initialisation.
       remat: what the backward pass recomputes: nothing, all but matrix products, or whole blocks.
       scan_unroll: blocks unrolled in each iteration of the scan over depth.
       memory_method: form of the accumulation: ``chunked``, ``associative_scan`` or ``recurrent``.

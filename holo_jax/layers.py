@@ -109,3 +109,13 @@ def residual_std(config: HoloConfig, fan_in: int) -> float:
     depth. This is the only place where depth enters the initialisation.
     """
     return 1 / math.sqrt(fan_in * 2 * config.num_hidden_layers)
+
+
+def embedding_std(config: HoloConfig) -> float:
+    """Standard deviation of the embedding table at initialisation.
+
+    The residual stream starts at unit variance: a smaller start is divided out by the first norms, which
+    multiplies gradients on their way down (by thousands over 24 layers at 0.02). A tied table has the
+    output projection's deviation and is divided by it on the way in.
+    """
+    return config.initializer_range if config.tie_embeddings else 1.0

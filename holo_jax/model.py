@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from holo_jax import kernels
 from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import generate_multiscale_phasors, generate_random_phasors
 from holo_jax.functional.cross_entropy import chunked_cross_entropy, next_token_targets
-from holo_jax.layers import Denoiser, Linear, Normalization, parameter
+from holo_jax.layers import Denoiser, Linear, Normalization, embedding_std, parameter
 from holo_jax.mixers import MIXERS, Context
-from holo_jax.sequence import segment_positions, segment_starts
+from holo_jax.sequence import leading_padding, segment_positions, segment_starts
 
 
 class ModelState(NamedTuple):
@@ -21,7 +22,7 @@ class ModelState(NamedTuple):
     Attributes:
       layers: one entry a block of a period; each a mixer state stacked over periods.
       position: position of the next token inside its segment, [b].
-      segment: segment id of the last token read, [b].
+      segment: segment id of the last token read, [b]; 1 before the first.
     """
 
     layers: tuple[Any, ...]
@@ -100,7 +101,7 @@ class HoloModel(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.precision.params)
         shape = (config.vocab_size, config.hidden_size)
-        table = config.initializer_range * jax.random.normal(rngs.params(), shape, dtype)
+        table = embedding_std(config) * jax.random.normal(rngs.params(), shape, dtype)
         self.embedding = parameter(table, ("vocab", "embed"))
         self.periods = nnx.vmap(lambda r: Period(config, rngs=r))(rngs.split(config.num_periods))
         self.norm = Normalization(config, (config.hidden_size,), ("embed",))
@@ -117,11 +118,15 @@ class HoloModel(nnx.Module):
           input_ids: token ids.
           segment_ids: document of each token; tokens see only their own document. Ids must differ
             between the documents of a row; 0 marks padding.
-          state: where reading stopped before; a row goes on with it where its first id is the state's.
+          state: where reading stopped before; a row goes on with it where its first id is the state's,
+            or everywhere without ids. Padding at the beginning of a row leaves the state as it is, so
+            rows of different lengths, or none at all, are read in one call by padding on the left.
         """
         config = self.config
         context, state_after = _context(input_ids, segment_ids, state)
         x = self.embedding[...][input_ids].astype(config.precision.storage)
+        if config.tie_embeddings:
+            x = x / jnp.asarray(embedding_std(config), x.dtype)
         turns = positional_turns(config)
 
         def body(x: Array, xs: tuple[Period, Array | None, Any]) -> tuple[Array, Any]:
@@ -130,7 +135,7 @@ class HoloModel(nnx.Module):
 
         layers = None if state is None else state.layers
         x, layers = jax.lax.scan(
-            _remat(body, config.remat),
+            _remat(body, config.remat, unrolled=config.scan_unroll >= config.num_periods),
             x,
             (self.periods, turns, layers),
             unroll=min(config.scan_unroll, config.num_periods),
@@ -227,7 +232,7 @@ def init_state(config: HoloConfig, batch: int, *, cache_length: int = 0) -> Mode
     return ModelState(
         layers=tuple(stacked(kind) for kind in config.layer_kinds),
         position=jnp.zeros((batch,), jnp.uint32),
-        segment=jnp.zeros((batch,), jnp.int32),
+        segment=jnp.ones((batch,), jnp.int32),
     )
 
 
@@ -270,30 +275,42 @@ def _for_kind(config: HoloConfig, kind: str) -> HoloConfig:
     return config
 
 
-def _remat(body: Any, policy: str) -> Any:
+def _remat(body: Any, policy: str, *, unrolled: bool) -> Any:
     if policy == "none":
         return body
+    policies = jax.checkpoint_policies
+    # A loop keeps forward and backward apart; without one, the compiler would merge the recomputation away.
     if policy == "full":
-        return jax.checkpoint(body, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
-    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint(body, policy=dots, prevent_cse=False)
+        return jax.checkpoint(body, policy=policies.nothing_saveable, prevent_cse=unrolled)
+    # What a memory kernel read is kept like a product: computing it twice costs a kernel.
+    saved = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(kernels.READ_NAME)
+    )
+    return jax.checkpoint(body, policy=saved, prevent_cse=unrolled)
 
 
 def _context(
     input_ids: Array, segment_ids: Array | None, state: ModelState | None
 ) -> tuple[Context, ModelState | None]:
     t = input_ids.shape[1]
+    index = jnp.arange(t, dtype=jnp.uint32)[None]
     if segment_ids is None:
-        inside = jnp.arange(t, dtype=jnp.uint32)[None]
         if state is None:
-            return Context(inside), None
-        inside = inside + state.position[:, None]
-        after = ModelState((), state.position + jnp.uint32(t), state.segment)
-        return Context(inside), after
-    previous = None if state is None else state.segment
-    starts = segment_starts(segment_ids, previous)
-    inside = segment_positions(starts, None if state is None else state.position)
+            return Context(index), None
+        context = Context(index + state.position[:, None], segment=state.segment)
+        return context, ModelState((), state.position + jnp.uint32(t), state.segment)
     if state is None:
-        return Context(inside, segment_ids), None
-    after = ModelState((), inside[:, -1] + 1, segment_ids[:, -1].astype(jnp.int32))
-    return Context(inside, segment_ids, ~starts[:, 0]), after
+        return Context(segment_positions(segment_starts(segment_ids)), segment_ids), None
+    padding = leading_padding(segment_ids)
+    first = jnp.take_along_axis(segment_ids, jnp.minimum(padding, t - 1)[:, None], axis=1)[:, 0]
+    first = jnp.where(padding < t, first.astype(jnp.int32), state.segment)
+    real = jnp.arange(t, dtype=jnp.int32)[None] >= padding[:, None]
+    segment_ids = jnp.where(real, segment_ids.astype(jnp.int32), first[:, None])
+    starts = segment_starts(segment_ids, state.segment)
+    inside = segment_positions(starts, state.position)
+    # Positions count from the first token that is there, up to the next border inside the row.
+    own = jnp.cumsum(starts[:, 1:].astype(jnp.int32), axis=1) == 0
+    own = jnp.concatenate([jnp.ones_like(starts[:, :1]), own], axis=1)
+    inside = inside - jnp.where(own, padding[:, None].astype(jnp.uint32), jnp.zeros((), jnp.uint32))
+    context = Context(inside, segment_ids, first == state.segment, padding, state.segment)
+    return context, ModelState((), inside[:, -1] + 1, segment_ids[:, -1])

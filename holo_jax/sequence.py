@@ -1,5 +1,6 @@
 """Bookkeeping of packed and continued sequences: positions inside segments, shifted taps."""
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -30,39 +31,55 @@ def segment_positions(
     return inside + jnp.where(begin < 0, offset[:, None], jnp.zeros((), jnp.uint32))
 
 
-def delayed(
-    x: Float[Array, "b t f"], delay: int, tail: Float[Array, "b k f"] | None, inside: UInt32[Array, "b t"]
-) -> Float[Array, "b t f"]:
-    """x_{t - delay}, taken from ``tail`` (the last k inputs before x) at the start, 0 before a segment."""
-    if delay == 0:
-        return x
-    b, t, f = x.shape
-    k = 0 if tail is None else tail.shape[1]
-    before = jnp.zeros((b, delay, f), x.dtype) if tail is None else tail[:, k - delay :].astype(x.dtype)
-    shifted = jnp.concatenate([before, x], axis=1)[:, :t]
-    return jnp.where((inside >= delay)[..., None], shifted, jnp.zeros((), x.dtype))
+def leading_padding(segment_ids: Int[Array, "b t"]) -> Int[Array, "b"]:
+    """How many tokens with segment id 0 each row begins with; t if there are no others."""
+    t = segment_ids.shape[1]
+    index = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32)[None], segment_ids.shape)
+    return jnp.min(jnp.where(segment_ids != 0, index, t), axis=1)
 
 
-def next_tail(
-    x: Float[Array, "b t f"], size: int, tail: Float[Array, "b k f"] | None, inside: UInt32[Array, "b t"]
-) -> Float[Array, "b k f"]:
-    """The last ``size`` inputs of the current segment, zeros where the segment is younger."""
+def with_tail(
+    x: Float[Array, "b t f"],
+    size: int,
+    tail: Float[Array, "b k f"] | None = None,
+    padding: Int[Array, "b"] | None = None,
+) -> Float[Array, "b p f"]:
+    """The ``size`` inputs before x (``tail``; zeros if None), then x: ``[b, size + t, f]``.
+
+    A row whose first ``padding`` inputs are none has its tail right before its first real one.
+    """
     b, _, f = x.shape
     before = jnp.zeros((b, size, f), x.dtype) if tail is None else tail.astype(x.dtype)
-    last = jnp.concatenate([before, x], axis=1)[:, -size:]
+    past = jnp.concatenate([before, x], axis=1)
+    if tail is None or padding is None:
+        return past
+    move = jax.vmap(lambda row, own, start: lax.dynamic_update_slice_in_dim(row, own, start, axis=0))
+    return move(past, before, padding)
+
+
+def delayed(past: Float[Array, "b p f"], delay: int, inside: UInt32[Array, "b t"]) -> Float[Array, "b t f"]:
+    """x_{t - delay} of ``past = with_tail(x, size >= delay, ...)``; 0 before a segment."""
+    t = inside.shape[1]
+    begin = past.shape[1] - t - delay
+    x = past[:, begin : begin + t]
+    return x if delay == 0 else jnp.where((inside >= delay)[..., None], x, jnp.zeros((), x.dtype))
+
+
+def next_tail(past: Float[Array, "b p f"], size: int, inside: UInt32[Array, "b t"]) -> Float[Array, "b k f"]:
+    """The last ``size`` inputs of the current segment, zeros where the segment is younger."""
     age = jnp.arange(size - 1, -1, -1, dtype=jnp.uint32)
-    return jnp.where((inside[:, -1:] >= age[None])[..., None], last, jnp.zeros((), x.dtype))
+    return jnp.where((inside[:, -1:] >= age[None])[..., None], past[:, -size:], jnp.zeros((), past.dtype))
 
 
 def short_convolution(
-    x: Float[Array, "b t f"],
-    taps: Float[Array, "k f"],
-    tail: Float[Array, "b j f"] | None,
-    inside: UInt32[Array, "b t"],
+    past: Float[Array, "b p f"], taps: Float[Array, "k f"], inside: UInt32[Array, "b t"]
 ) -> Float[Array, "b t f"]:
-    """Causal depthwise convolution y_t = sum_j taps[k-1-j] x_{t-j}, within each segment."""
+    """Causal depthwise convolution y_t = sum_j taps[k-1-j] x_{t-j}, within each segment.
+
+    ``past = with_tail(x, k - 1, ...)``.
+    """
     k = taps.shape[0]
-    y = taps[k - 1][None, None] * x
+    y = taps[k - 1][None, None] * delayed(past, 0, inside)
     for delay in range(1, k):
-        y = y + taps[k - 1 - delay][None, None] * delayed(x, delay, tail, inside)
+        y = y + taps[k - 1 - delay][None, None] * delayed(past, delay, inside)
     return y

@@ -1,16 +1,81 @@
 """Accumulation by the fastest form this machine can run; every form has the same mathematics.
 
-``backend="portable"`` is plain JAX (``holo_jax.functional.accumulate``); ``"auto"`` picks a kernel
-where one is installed and its hardware is present, and the portable form elsewhere.
+``backend="portable"`` is plain JAX (``holo_jax.functional.accumulate``). ``"auto"`` picks the first kernel
+that is installed, whose hardware is present and that supports the call, else the portable form. A backend
+asked for by name runs or raises ``BackendUnavailableError``: it is never replaced.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
+from holo_jax.kernels import capability, hopper
+from holo_jax.kernels.call import Call
+from holo_jax.kernels.capability import BackendUnavailableError
+from holo_jax.kernels.hopper import READ_NAME
+from holo_jax.kernels.phasor_features import phasor_features, sin_cos
 
-BACKENDS = ("auto", "portable")
+__all__ = [
+    "BACKENDS",
+    "READ_NAME",
+    "Backend",
+    "BackendUnavailableError",
+    "accumulate",
+    "available",
+    "capability",
+    "choose",
+    "phasor_features",
+    "sin_cos",
+]
+
+_KERNELS = {"hopper": hopper}
+BACKENDS = ("auto", "portable", *_KERNELS)
+
+
+class Backend(NamedTuple):
+    """One backend as this process sees it.
+
+    Attributes:
+      name: what ``memory_backend`` calls it.
+      usable: whether some call can run here.
+      reason: why not, or what it covers.
+    """
+
+    name: str
+    usable: bool
+    reason: str
+
+
+def available() -> tuple[Backend, ...]:
+    """Every backend, whether it can run in this process, and why not."""
+    found = [Backend("portable", True, "plain JAX, everything, everywhere")]
+    for name, module in _KERNELS.items():
+        reason = module.missing()
+        found.append(Backend(name, reason is None, reason or module.__doc__.strip().splitlines()[0]))
+    return tuple(found)
+
+
+def choose(call: Call, backend: str = "auto") -> str:
+    """The backend that will run ``call``.
+
+    Raises:
+      ValueError: for an unknown backend.
+      BackendUnavailableError: if a kernel named by ``backend`` cannot run the call.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"memory_backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
+    if backend == "portable" or not call.well_formed:
+        return "portable"
+    if backend != "auto":
+        reason = _KERNELS[backend].unsupported(call)
+        if reason is not None:
+            raise BackendUnavailableError(f"memory_backend is {backend!r}, which cannot run this call: {reason}")
+        return backend
+    # A kernel works in whole chunks, so on less than one it only adds work.
+    long_enough = call.values.shape[1] >= 64
+    usable = (name for name, module in _KERNELS.items() if long_enough and module.unsupported(call) is None)
+    return next(usable, "portable")
 
 
 def accumulate(
@@ -27,7 +92,10 @@ def accumulate(
 
     Raises:
       ValueError: for an unknown backend.
+      BackendUnavailableError: if a kernel named by ``backend`` cannot run the call.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"memory_backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
-    return _portable(write_phases, read_phases, values, gates, erase, **options)
+    call = Call(write_phases, read_phases, values, gates, erase, **options)
+    chosen = choose(call, backend)
+    if chosen == "portable":
+        return _portable(write_phases, read_phases, values, gates, erase, **options)
+    return _KERNELS[chosen].accumulate(call)

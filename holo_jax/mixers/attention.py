@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from holo_jax.array_types import Array, Bool, Float, Int, UInt32
+from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import phases_at, rope_frequencies
 from holo_jax.layers import Linear, residual_std
@@ -17,21 +17,24 @@ _FLASH_MULTIPLE = 64
 
 
 class AttentionState(NamedTuple):
-    """A preallocated cache of S slots; with a sliding window the slots are reused in a ring.
+    """A preallocated cache of S slots a row; with a sliding window the slots are reused in a ring.
+
+    Without a window the cache can be full. ``index > S`` then says so, and what is read from it is NaN:
+    callers that can raise do it before (``holo_jax.generate``).
 
     Attributes:
       keys: rotated keys [b, S, h, d].
       values: values [b, S, h, d].
       segment_ids: document of each slot [b, S].
-      times: call-order index of the token in each slot [S], -1 while empty.
-      index: tokens seen so far.
+      times: how many tokens the row had before the one in this slot [b, S], -1 while empty.
+      index: tokens of each row so far [b]; padding does not count.
     """
 
     keys: Float[Array, "b s h d"]
     values: Float[Array, "b s h d"]
     segment_ids: Int[Array, "b s"]
-    times: Int[Array, "s"]
-    index: Int[Array, ""]
+    times: Int[Array, "b s"]
+    index: Int[Array, "b"]
 
 
 class AttentionMixer(nnx.Module):
@@ -55,8 +58,8 @@ class AttentionMixer(nnx.Module):
             keys=jnp.zeros(shape, dtype),
             values=jnp.zeros(shape, dtype),
             segment_ids=jnp.zeros((batch, slots), jnp.int32),
-            times=jnp.full((slots,), -1, jnp.int32),
-            index=jnp.zeros((), jnp.int32),
+            times=jnp.full((batch, slots), -1, jnp.int32),
+            index=jnp.zeros((batch,), jnp.int32),
         )
 
     def __call__(
@@ -78,7 +81,7 @@ class AttentionMixer(nnx.Module):
         if state is None:
             mixed = self._attend_all(queries, keys, values, context.segment_ids)
         else:
-            mixed, state = self._attend_cached(queries, keys, values, context.segment_ids, state)
+            mixed, state = self._attend_cached(queries, keys, values, context, state)
         return self.out(mixed.reshape(b, t, config.hd_dim)), state
 
     def _attend_all(self, queries: Array, keys: Array, values: Array, segment_ids: Array | None) -> Array:
@@ -101,48 +104,65 @@ class AttentionMixer(nnx.Module):
         )
 
     def _attend_cached(
-        self, queries: Array, keys: Array, values: Array, segment_ids: Array | None, state: AttentionState
+        self, queries: Array, keys: Array, values: Array, context: Context, state: AttentionState
     ) -> tuple[Array, AttentionState]:
         b, t = queries.shape[:2]
+        window, segment_ids, real = self.config.attention_window, context.segment_ids, context.real
         if segment_ids is None:
-            segment_ids = jnp.ones((b, t), jnp.int32)
-        times = state.index + jnp.arange(t, dtype=jnp.int32)
-        after = _append(state, keys, values, segment_ids, times)
-        if self.config.attention_window:
+            assert context.segment is not None
+            segment_ids = jnp.broadcast_to(context.segment[:, None], (b, t))
+        times = state.index[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+        if context.padding is not None:
+            times = times - context.padding[:, None]
+        after = _append(state, keys, values, segment_ids, times, real, ring=window > 0)
+        if window:
             # A ring may overwrite what new tokens still see: they attend to the old slots and themselves.
+            own_times = times if real is None else jnp.where(real, times, -1)
             seen_keys = jnp.concatenate([state.keys, keys], axis=1)
             seen_values = jnp.concatenate([state.values, values], axis=1)
-            seen_times = jnp.concatenate([state.times, times])
+            seen_times = jnp.concatenate([state.times, own_times], axis=1)
             seen_segments = jnp.concatenate([state.segment_ids, segment_ids], axis=1)
         else:
             seen_keys, seen_values, seen_segments, seen_times, _ = after
-        visible = self._visible(times, segment_ids, seen_times, seen_segments)
+        visible = (seen_times[:, None] >= 0) & (seen_times[:, None] <= times[..., None])
+        visible = visible & (segment_ids[..., None] == seen_segments[:, None])
+        if window:
+            visible = visible & (times[..., None] - seen_times[:, None] < window)
         mixed = jax.nn.dot_product_attention(
             queries, seen_keys, seen_values, mask=visible[:, None], implementation="xla"
         )
+        if not window:
+            overfull = after.index > state.times.shape[1]
+            mixed = jnp.where(overfull[:, None, None, None], jnp.nan, mixed)
         return mixed, after
-
-    def _visible(
-        self, times: Array, segments: Array, seen_times: Array, seen_segments: Array
-    ) -> Bool[Array, "b t s"]:
-        before = (seen_times[None, :] >= 0) & (seen_times[None, :] <= times[:, None])
-        if self.config.attention_window:
-            before = before & (times[:, None] - seen_times[None, :] < self.config.attention_window)
-        return before[None] & (segments[:, :, None] == seen_segments[:, None, :])
 
 
 def _append(
-    state: AttentionState, keys: Array, values: Array, segment_ids: Array, times: Array
+    state: AttentionState,
+    keys: Array,
+    values: Array,
+    segment_ids: Array,
+    times: Array,
+    real: Array | None,
+    *,
+    ring: bool,
 ) -> AttentionState:
-    t, slots = keys.shape[1], state.times.shape[0]
+    (b, t), slots = times.shape, state.times.shape[1]
     kept = min(t, slots)
-    where = times[t - kept :] % slots
+    where = times % slots if ring else times
+    if real is not None:
+        where = jnp.where(real, where, slots)  # out of range: not written
+    rows, where = jnp.arange(b)[:, None], where[:, t - kept :]
+
+    def put(cache: Array, new: Array) -> Array:
+        return cache.at[rows, where].set(new[:, t - kept :], mode="drop")
+
     return AttentionState(
-        keys=state.keys.at[:, where].set(keys[:, t - kept :]),
-        values=state.values.at[:, where].set(values[:, t - kept :]),
-        segment_ids=state.segment_ids.at[:, where].set(segment_ids[:, t - kept :]),
-        times=state.times.at[where].set(times[t - kept :]),
-        index=state.index + t,
+        keys=put(state.keys, keys),
+        values=put(state.values, values),
+        segment_ids=put(state.segment_ids, segment_ids),
+        times=put(state.times, times),
+        index=times[:, -1] + 1,
     )
 
 

@@ -12,14 +12,27 @@ class Context(NamedTuple):
 
     Attributes:
       inside: position of each token inside its segment, [b or 1, t].
-      segment_ids: document of each token, or None where each row is one document.
+      segment_ids: document of each token, or None where each row is one document. With a state, padding
+        at the beginning of a row carries the id of the first token after it.
       continues: per row, whether the first token goes on with the state's segment; None without state
         or where every row does.
+      padding: with a state, how many tokens at the beginning of each row are padding, which must leave
+        the state as it is; None where none are.
+      segment: with a state, the id of each row's segment before this call.
     """
 
     inside: UInt32[Array, "b t"]
     segment_ids: Int[Array, "b t"] | None = None
     continues: Bool[Array, "b"] | None = None
+    padding: Int[Array, "b"] | None = None
+    segment: Int[Array, "b"] | None = None
+
+    @property
+    def real(self) -> Bool[Array, "b t"] | None:
+        """False for the padding that a state must not see; None where all tokens are real."""
+        if self.padding is None:
+            return None
+        return jnp.arange(self.inside.shape[1], dtype=jnp.int32)[None] >= self.padding[:, None]
 
 
 def keep_rows(state: Array, continues: Bool[Array, "b"] | None) -> Array:

@@ -13,7 +13,7 @@ from holo_jax.functional import MemoryState, init_memory, phases_at, retrieval_s
 from holo_jax.layers import Linear, Normalization, parameter, residual_std
 from holo_jax.mixers.context import Context, keep_rows
 from holo_jax.precision import assert_dtype
-from holo_jax.sequence import delayed, next_tail, short_convolution
+from holo_jax.sequence import delayed, next_tail, short_convolution, with_tail
 
 
 class MemoryMixerState(NamedTuple):
@@ -75,9 +75,9 @@ class MemoryMixer(nnx.Module):
             return init_memory(batch, h, m, d, binding=config.binding, dtype=dtype)
 
         content = config.addressing != "position"
-        taps = max(config.short_conv - 1, 1)
+        shape = (batch, _tail_size(config), h * m)
         return MemoryMixerState(
-            tail=jnp.zeros((batch, taps, h * m), jnp.dtype(config.precision.phases)) if content else None,
+            tail=jnp.zeros(shape, jnp.dtype(config.precision.phases)) if content else None,
             content=memory() if content else None,
             position=memory() if config.addressing != "content" else None,
         )
@@ -95,11 +95,14 @@ class MemoryMixer(nnx.Module):
         h, d = config.num_heads, config.head_dim
         values = self.values(x).reshape(b, t, h, d)
         gates = jax.nn.sigmoid(self.write(x, out_dtype="float32")) if config.write_gate else None
+        if context.real is not None:
+            written = jnp.ones((b, t, h), jnp.float32) if gates is None else gates
+            gates = jnp.where(context.real[..., None], written, 0.0)
         erase = gates * jax.nn.sigmoid(self.erase(x, out_dtype="float32")) if config.erase else None
         retrieved = jnp.zeros((b, t, h, d), jnp.dtype(config.precision.memory))
         content = position = tail = None
         if config.addressing != "position":
-            raw, write, read = self._content_phases(x, context, state)
+            past, write, read = self._content_phases(x, context, state)
             if not config.short_conv:
                 follows = (context.inside > 0)[..., None].astype(jnp.float32)
                 strength = jnp.ones((b, t, h), jnp.float32) if gates is None else gates
@@ -110,7 +113,7 @@ class MemoryMixer(nnx.Module):
             y, content = self._memory(write, read, values, content_gates, erase, context, before)
             retrieved = y if config.addressing == "content" else self.mix[...][1][None, None, :, None] * y
             if state is not None:
-                tail = next_tail(raw, state.tail.shape[1], state.tail, context.inside)
+                tail = next_tail(past, state.tail.shape[1], context.inside)
         if config.addressing != "content":
             if turns is None:
                 raise ValueError("turns is None; positional addressing needs the layer's phasors")
@@ -131,14 +134,14 @@ class MemoryMixer(nnx.Module):
         b, t, _ = x.shape
         raw = config.phase_scale * self.phases(x, out_dtype=config.precision.phases)
         assert_dtype(raw, config.precision.phases, "phases")
-        tail = None if state is None else state.tail
+        past = with_tail(raw, _tail_size(config), None if state is None else state.tail, context.padding)
         if config.short_conv:
-            write = short_convolution(raw, self.write_taps[...], tail, context.inside)
-            read = short_convolution(raw, self.read_taps[...], tail, context.inside)
+            write = short_convolution(past, self.write_taps[...], context.inside)
+            read = short_convolution(past, self.read_taps[...], context.inside)
         else:
-            write, read = delayed(raw, 1, tail, context.inside), raw
+            write, read = delayed(past, 1, context.inside), raw
         shape = (b, t, config.num_heads, config.key_dim)
-        return raw, write.reshape(shape), read.reshape(shape)
+        return past, write.reshape(shape), read.reshape(shape)
 
     def _memory(
         self,
@@ -188,3 +191,8 @@ class MemoryMixer(nnx.Module):
             retrieved = self.head_norm(retrieved)
         retrieved = retrieved.astype(self.config.precision.storage).reshape(b, t, h * d)
         return jax.nn.silu(self.gate(x)) * retrieved if self.config.output_gate else retrieved
+
+
+def _tail_size(config: HoloConfig) -> int:
+    """Earlier raw phases that a token's phases depend on."""
+    return max(config.short_conv - 1, 1)

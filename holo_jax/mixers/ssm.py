@@ -12,7 +12,7 @@ from holo_jax.config import HoloConfig
 from holo_jax.functional import decayed_accumulate
 from holo_jax.layers import Linear, Normalization, parameter, residual_std
 from holo_jax.mixers.context import Context, keep_rows
-from holo_jax.sequence import next_tail, short_convolution
+from holo_jax.sequence import next_tail, short_convolution, with_tail
 
 _STEP_MIN, _STEP_MAX = 1e-3, 1e-1
 _TAPS = 4
@@ -76,13 +76,15 @@ class SsmMixer(nnx.Module):
         b, t, _ = x.shape
         h, n, d, hd = config.num_heads, config.ssm_state, config.head_dim, config.hd_dim
         raw = jnp.concatenate([self.values(x), self.keys(x)], axis=-1).astype(jnp.float32)
-        tail = None if state is None else state.tail
-        mixed = jax.nn.silu(short_convolution(raw, self.taps[...].astype(jnp.float32), tail, context.inside))
+        past = with_tail(raw, _TAPS - 1, None if state is None else state.tail, context.padding)
+        mixed = jax.nn.silu(short_convolution(past, self.taps[...].astype(jnp.float32), context.inside))
         mixed = mixed.astype(config.precision.storage)
         values = mixed[..., :hd].reshape(b, t, h, d)
         keys = jnp.broadcast_to(mixed[..., None, hd : hd + n], (b, t, h, n))
         queries = jnp.broadcast_to(mixed[..., None, hd + n :], (b, t, h, n))
         step = jax.nn.softplus(self.step(x, out_dtype="float32") + self.step_bias[...][None, None])
+        if context.real is not None:
+            step = jnp.where(context.real[..., None], step, 0.0)
         log_decay = -jnp.exp(self.log_rate[...])[None, None] * step
         memory = None if state is None else keep_rows(state.memory, context.continues)
         y, memory = decayed_accumulate(
@@ -99,4 +101,4 @@ class SsmMixer(nnx.Module):
         y = self.norm(y.reshape(b, t, hd) * jax.nn.silu(self.gate(x, out_dtype="float32")))
         if state is None:
             return self.out(y), None
-        return self.out(y), SsmState(next_tail(raw, _TAPS - 1, tail, context.inside), memory)
+        return self.out(y), SsmState(next_tail(past, _TAPS - 1, context.inside), memory)

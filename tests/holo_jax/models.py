@@ -3,6 +3,8 @@
 from functools import cache
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from holo_jax.config import HoloConfig
@@ -38,12 +40,26 @@ def variant(name: str, precision: Precision = FULL) -> HoloForCausalLM:
 
 
 def build(config: HoloConfig, seed: int = 0) -> HoloForCausalLM:
-    """A model whose convolution taps, gates and mixing weights are moved off their symmetric start."""
-    model = HoloForCausalLM(config, rngs=nnx.Rngs(seed))
-    graphdef, params = nnx.split(model, nnx.Param)
-    leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [
-        leaf + 0.05 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return nnx.merge(graphdef, jax.tree.unflatten(treedef, moved))
+    """A model with random parameters: taps, gates and mixing weights off their symmetric start.
+
+    Drawn by NumPy on the abstract model, which costs no compilation.
+    """
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: HoloForCausalLM(config, rngs=nnx.Rngs(0))), nnx.Param)
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        noise = rng.normal(size=leaf.shape)
+        if "embedding" in name or "head'" in name:
+            values = 0.02 * noise
+        elif "taps" in name:
+            values = 0.3 * noise
+        elif "weight" in name and len(leaf.shape) > 2 and "norm" not in name:
+            values = noise / np.sqrt(leaf.shape[-2])
+        elif "erase" in name or "bias" in name:
+            values = 0.1 * noise
+        else:
+            values = 1 + 0.05 * noise
+        return jnp.asarray(values, leaf.dtype)
+
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(draw, params))

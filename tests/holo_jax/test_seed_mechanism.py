@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 from scipy.special import erf
 
-from holo_jax.model import HoloForCausalLM, positional_turns
+from holo_jax.model import positional_turns
 from tests.holo_jax.models import VOCAB, build, variant_config
 
 TURN = 2 * np.pi / 2**32
@@ -69,5 +69,5 @@ def test_positional_phasors_are_fixed_and_differ_by_layer() -> None:
     assert (turns[0] != turns[1]).any()
     assert (turns != positional_turns(config.replace(phasor_seed=1))).any()
     assert positional_turns(variant_config("holo")) is None
-    parameters = nnx.to_pure_dict(nnx.state(HoloForCausalLM(config, rngs=nnx.Rngs(0)), nnx.Param))
+    parameters = nnx.state(build(config), nnx.Param)
     assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(parameters))
