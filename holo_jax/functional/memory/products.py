@@ -47,10 +47,15 @@ def contract(spec: str, operands: DTypeLike, x: Array, y: Array) -> Array:
     float32 operands. Each index of ``spec`` must occur in at least two of its three terms.
     """
     accumulator = jnp.float64 if jnp.dtype(operands) == jnp.float64 else jnp.float32
+    x, y = x.astype(operands), y.astype(operands)
+    if jax.default_backend() == "cpu":
+        # XLA's CPU runtime lacks some bfloat16 products ("Unsupported element type for DotThunk"); the
+        # product of two bfloat16 numbers is exact in float32, so this is the same function.
+        x, y = x.astype(accumulator), y.astype(accumulator)
     return jnp.einsum(
         spec,
-        x.astype(operands),
-        y.astype(operands),
+        x,
+        y,
         precision=lax.Precision.HIGHEST,
         preferred_element_type=accumulator,
     )
