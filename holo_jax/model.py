@@ -95,7 +95,11 @@ class Period(nnx.Module):
 
 
 class HoloModel(nnx.Module):
-    """Embedding, the blocks (stacked, run by ``lax.scan``), and the final norm."""
+    """Embedding, the blocks (stacked, run by ``lax.scan``), and the final norm.
+
+    ``periods`` may be an ``nnx.List`` of single periods instead, which run in turn; ``ModelState.layers`` is
+    then a tuple over periods. Decoding uses that form: no slices of weights and caches are copied.
+    """
 
     def __init__(self, config: HoloConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -111,6 +115,7 @@ class HoloModel(nnx.Module):
         input_ids: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"] | None = None,
         state: ModelState | None = None,
+        turns: UInt32[Array, "n k h m"] | None = None,
     ) -> HiddenOutput:
         """Reads tokens, from nothing or on from ``state``.
 
@@ -121,28 +126,41 @@ class HoloModel(nnx.Module):
           state: where reading stopped before; a row goes on with it where its first id is the state's,
             or everywhere without ids. Padding at the beginning of a row leaves the state as it is, so
             rows of different lengths, or none at all, are read in one call by padding on the left.
+          turns: ``positional_turns(config)`` of a caller that keeps them over many calls.
         """
         config = self.config
         context, state_after = _context(input_ids, segment_ids, state)
         x = self.embedding[...][input_ids].astype(config.precision.storage)
         if config.tie_embeddings:
             x = x / jnp.asarray(embedding_std(config), x.dtype)
-        turns = positional_turns(config)
+        turns = positional_turns(config) if turns is None else turns
+        run = self._in_turn if isinstance(self.periods, nnx.List) else self._scanned
+        x, layers = run(x, context, turns, None if state is None else state.layers)
+        if state_after is not None:
+            state_after = state_after._replace(layers=layers)
+        return HiddenOutput(self.norm(x), state_after)
+
+    def _scanned(self, x: Array, context: Context, turns: Array | None, layers: Any) -> tuple[Array, Any]:
+        config = self.config
 
         def body(x: Array, xs: tuple[Period, Array | None, Any]) -> tuple[Array, Any]:
             period, own_turns, states = xs
             return period(x, context, own_turns, states)
 
-        layers = None if state is None else state.layers
-        x, layers = jax.lax.scan(
+        return jax.lax.scan(
             _remat(body, config.remat, unrolled=config.scan_unroll >= config.num_periods),
             x,
             (self.periods, turns, layers),
             unroll=min(config.scan_unroll, config.num_periods),
         )
-        if state_after is not None:
-            state_after = state_after._replace(layers=layers)
-        return HiddenOutput(self.norm(x), state_after)
+
+    def _in_turn(self, x: Array, context: Context, turns: Array | None, layers: Any) -> tuple[Array, Any]:
+        after = []
+        for index, period in enumerate(self.periods):
+            own_turns = None if turns is None else turns[index]
+            x, states = period(x, context, own_turns, None if layers is None else layers[index])
+            after.append(states)
+        return x, None if layers is None else tuple(after)
 
 
 class HoloForCausalLM(nnx.Module):
