@@ -52,7 +52,7 @@ def available() -> tuple[Backend, ...]:
     found = [Backend("portable", True, "plain JAX, everything, everywhere")]
     for name, module in _KERNELS.items():
         reason = module.missing()
-        found.append(Backend(name, reason is None, reason or module.__doc__.strip().splitlines()[0]))
+        found.append(Backend(name, reason is None, reason or module.COVERS))
     return tuple(found)
 
 
@@ -70,7 +70,9 @@ def choose(call: Call, backend: str = "auto") -> str:
     if backend != "auto":
         reason = _KERNELS[backend].unsupported(call)
         if reason is not None:
-            raise BackendUnavailableError(f"memory_backend is {backend!r}, which cannot run this call: {reason}")
+            raise BackendUnavailableError(
+                f"memory_backend is {backend!r}, which cannot run this call: {reason}"
+            )
         return backend
     # A kernel works in whole chunks, so on less than one it only adds work.
     long_enough = call.values.shape[1] >= 64

@@ -1,0 +1,201 @@
+"""Equality before speed: every backend on this device against the definition in float64, with gradients.
+
+Inputs are drawn afresh and rounded to the dtype that the backend reads, so an error is the backend's own. The
+error of an array x is ||x - x_ref|| / ||x_ref||.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eval.common import Reporter
+from eval.results import absent, exact
+from eval.speed_parts.timing import Built, Job, compile_all
+from holo_jax import kernels
+from holo_jax.functional import MemoryState
+from holo_jax.functional import accumulate as definition
+
+NAMES = ("write_phases", "read_phases", "values", "gates", "erase", "initial_state")
+# 16-bit operands round by 2^-9. The erase gradient is a difference of two products of about the size of the
+# write gate's (see kernels.hopper), so it may be off by more.
+LIMITS = {"bfloat16": 2e-2, "float32": 1e-4}
+ERASE_LIMITS = {"bfloat16": 8e-2, "float32": 1e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One equality test."""
+
+    binding: str
+    erase: bool
+    length: int
+    packed: bool
+    dtype: str
+
+    @property
+    def label(self) -> str:
+        """A short name."""
+        rule = "erase" if self.erase else "sum"
+        return f"{self.binding} {rule} t={self.length}{' packed+state' if self.packed else ''} {self.dtype}"
+
+
+def cases(binding: str, dtype: str) -> list[Case]:
+    """Odd lengths, with and without segments and an initial state, both rules where there are two."""
+    rules = (False, True) if binding == "outer" else (False,)
+    return [Case(binding, e, t, packed, dtype) for e in rules for t, packed in ((63, False), (321, True))]
+
+
+def draw(
+    case: Case, seed: int, batch: int = 2, heads: int = 2, m: int = 32, d: int = 64
+) -> tuple[dict, dict]:
+    """Arguments and cotangents as numpy arrays: (differentiated, others with cotangents)."""
+    rng = np.random.default_rng(seed)
+    m = d if case.binding == "hadamard" else m
+    t = case.length
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return np.asarray(jnp.asarray(x, jnp.float32).astype(case.dtype).astype(jnp.float32), np.float64)
+
+    def wide(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32).astype(np.float64)
+
+    sigmoid = lambda x: (1 / (1 + np.exp(-x))).astype(np.float32).astype(np.float64)  # noqa: E731
+    gates = sigmoid(wide(batch, t, heads))
+    shape = (batch, heads, m, d) if case.binding == "outer" else (batch, heads, d)
+    inputs: dict[str, Any] = {
+        "write_phases": 3 * wide(batch, t, heads, m),
+        "read_phases": 3 * wide(batch, t, heads, m),
+        "values": rounded(wide(batch, t, heads, d)),
+        "gates": gates,
+        "erase": gates * sigmoid(wide(batch, t, heads) - 1) if case.erase else None,
+        "initial_state": (wide(*shape), wide(*shape)) if case.packed else None,
+    }
+    starts = rng.random((batch, t)) < 0.02
+    others = {
+        "segment_ids": np.cumsum(starts, 1).astype(np.int32) if case.packed else None,
+        "d_outputs": rounded(wide(batch, t, heads, d)),
+        "d_memory": (wide(*shape), wide(*shape)),
+    }
+    return inputs, others
+
+
+def objective(function: Any, case: Case, dtype: Any, inputs: dict, others: dict, **options: Any) -> Any:
+    """A scalar whose gradient pulls back the drawn cotangents, with (outputs, memory planes) beside it."""
+    wide = dtype if dtype == jnp.float64 else jnp.float32
+    state = inputs["initial_state"]
+    if state is not None:
+        memory = jax.lax.complex(*state)
+        batch, heads = memory.shape[:2]
+        state = MemoryState(memory, jnp.zeros_like(memory), jnp.ones((batch, heads), wide))
+    outputs, after = function(
+        inputs["write_phases"],
+        inputs["read_phases"],
+        inputs["values"].astype(dtype),
+        inputs["gates"],
+        inputs["erase"],
+        binding=case.binding,
+        segment_ids=others["segment_ids"],
+        initial_state=state,
+        **options,
+    )
+    memory = after.memory + after.residue
+    total = jnp.sum(outputs.astype(wide) * others["d_outputs"])
+    total += jnp.sum(memory.real * others["d_memory"][0]) + jnp.sum(memory.imag * others["d_memory"][1])
+    return total, (outputs, jnp.stack([memory.real, memory.imag]))
+
+
+def reference(case: Case, inputs: dict, others: dict) -> dict[str, np.ndarray]:
+    """The definition, in float64, on the CPU."""
+    with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+
+        def run(inputs: dict, others: dict) -> Any:
+            return objective(definition, case, jnp.float64, inputs, others, method="recurrent")
+
+        found = jax.jit(jax.value_and_grad(run, has_aux=True))(inputs, others)
+        return _named(found)
+
+
+def _named(found: Any) -> dict[str, np.ndarray]:
+    (_, (outputs, memory)), gradients = found
+    named = {"outputs": outputs, "memory": memory}
+    for name in NAMES:
+        if gradients[name] is not None:
+            named[f"d_{name}"] = jnp.stack(gradients[name]) if name == "initial_state" else gradients[name]
+    return {name: np.asarray(array, np.float64) for name, array in named.items()}
+
+
+def errors(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
+    """Relative error of every array; not a number counts as infinite."""
+    result = {}
+    for name, array in wanted.items():
+        error = np.linalg.norm(found[name] - array) / np.linalg.norm(array)
+        result[name] = float(error) if np.isfinite(error) else float("inf")
+    return result
+
+
+def run(
+    reporter: Reporter, backends: dict[str, tuple[str, ...]], *, seed: int, workers: int
+) -> set[tuple[str, str]]:
+    """Tests backends (name to bindings), reports each error; returns (backend, binding) pairs that passed.
+
+    float32 inputs test the portable form alone: the kernels take 16-bit values.
+    """
+    jobs, wanted, plans = [], {}, []
+    for backend, bindings in backends.items():
+        for binding in bindings:
+            for dtype in ("float32", "bfloat16") if backend == "portable" else ("bfloat16",):
+                for case in cases(binding, dtype):
+                    plans.append((backend, case))
+    for number, (backend, case) in enumerate(plans):
+        inputs, others = draw(case, seed + number)
+        wanted[number] = reference(case, inputs, others)
+        narrow = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else x.dtype), (inputs, others)
+        )
+        jobs.append((_job(backend, case, narrow), narrow))
+    built = compile_all([job for job, _ in jobs], workers)
+    failed: set[tuple[str, str]] = set()
+    for number, (program, (_, narrow)) in enumerate(zip(built, jobs, strict=True)):
+        backend, case = plans[number]
+        if not _judge(reporter, program, narrow, wanted[number], case):
+            failed.add((backend, case.binding))
+    pairs = {(backend, case.binding) for backend, case in plans}
+    for backend, binding in sorted(failed):
+        reporter.fail_control(f"{backend} {binding} differs from the definition: its speeds are not reported")
+    return pairs - failed
+
+
+def _job(backend: str, case: Case, narrow: Any) -> Job:
+    def function(inputs: dict, others: dict) -> Any:
+        dtype = jnp.dtype(case.dtype)
+        return objective(kernels.accumulate, case, dtype, inputs, others, backend=backend)
+
+    return Job(
+        {"backend": backend, "case": case.label},
+        lambda: jax.jit(jax.value_and_grad(function, has_aux=True)).lower(*narrow),
+    )
+
+
+def _judge(reporter: Reporter, built: Built, narrow: Any, wanted: dict[str, np.ndarray], case: Case) -> bool:
+    where = {"part": "gate", **built.job.where}
+    if built.program is None:
+        reporter.add(absent("relative_error", "failed", detail=built.detail, array="all", **where))
+        return False
+    try:
+        found = errors(_named(built.program(*narrow)), wanted)
+    except Exception as error:
+        detail = f"{type(error).__name__}: {error}"[:300]
+        reporter.add(absent("relative_error", "failed", detail=detail, array="all", **where))
+        return False
+    passed = True
+    for name, error in found.items():
+        limit = (ERASE_LIMITS if name == "d_erase" else LIMITS)[case.dtype]
+        passed = passed and error <= limit
+        if np.isfinite(error):
+            reporter.add(exact("relative_error", error, detail=f"limit {limit:g}", array=name, **where))
+        else:
+            reporter.add(absent("relative_error", "failed", detail="not finite", array=name, **where))
+    return passed

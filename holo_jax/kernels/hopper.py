@@ -1,0 +1,143 @@
+"""The outer memory on NVIDIA Hopper by the kernels of jax-linear-attention (optional extra ``kernels``).
+
+For real values the outer memory is linear attention without decay over the features
+``phi(a) = [cos a, sin a] / sqrt(m)`` with the real state ``S = [Re M; Im M]``:
+
+* without erase, ``S_t = S_{t-1} + phi(a_t) (g_t v_t)^T``: the scalar-decay kernel with decay 1;
+* with erase, ``S_t = S_{t-1} + phi(a_t) (g_t v_t - e_t S_{t-1}^T phi(a_t))^T``: the delta-rule kernel with
+  strength ``e_t`` and values ``(g_t / e_t) v_t``.
+
+Products have bfloat16 (or float16) operands and float32 accumulators and states; features, written values
+and outputs are rounded to the dtype of the values. The sum over chunks is not compensated, so the returned
+residue is zero.
+
+Source: https://github.com/jla-org/jax-linear-attention (Apache-2.0), version 0.1.0.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from holo_jax.array_types import Array
+from holo_jax.functional import MemoryState
+from holo_jax.kernels.call import Call, total_writes
+from holo_jax.kernels.capability import compute_capability, installed_version, partitioned
+from holo_jax.kernels.phasor_features import phasor_features
+
+VERSION = "0.1.0"
+COVERS = "outer memory with bfloat16 values on Hopper, by jax-linear-attention"
+READ_NAME = "memory_read"
+_CHUNK = 64
+_MAX_CHUNKS = 65535
+_WIDTHS = (64, 128)
+# Erase gates below this share of the write gate are raised to it, so that g / e stays finite: the memory
+# then loses 1.5e-5 of what a key reads, far under the rounding of the 16-bit operands (4e-3).
+_LEAST_SHARE = 2.0**-16
+_LEAST = 2.0**-100
+
+
+def missing() -> str | None:
+    """Why no call at all can run here, or None."""
+    version = installed_version("jla", "jax-linear-attention")
+    if version is None:
+        return "jax-linear-attention is not installed (pip install 'holo-jax[kernels]'; Python 3.12 or newer)"
+    if version != VERSION:
+        return f"jax-linear-attention is {version}; it must be {VERSION}"
+    capability = compute_capability()
+    if capability != (9, 0):
+        return "its kernels need an NVIDIA Hopper GPU (compute capability 9.0)"
+    return None
+
+
+def unsupported(call: Call) -> str | None:
+    """Why this call cannot run here, or None. Expects a well-formed call."""
+    reason = missing()
+    if reason is not None:
+        return reason
+    t, d, m = call.values.shape[1], call.values.shape[-1], call.write_phases.shape[-1]
+    if call.binding != "outer":
+        return f"binding is {call.binding!r}; it must be 'outer'"
+    if call.method != "chunked":
+        return f"method is {call.method!r}; it must be 'chunked'"
+    if call.chunk_size not in (None, _CHUNK):
+        return f"chunk_size is {call.chunk_size}; it must be {_CHUNK}"
+    if call.values.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"values has dtype {call.values.dtype}; it must be bfloat16 or float16"
+    if 2 * m not in _WIDTHS or d not in _WIDTHS:
+        return f"m is {m} and d is {d}; 2 m and d must be 64 or 128"
+    if -(-t // _CHUNK) > _MAX_CHUNKS:
+        return f"t is {t}; it must be at most {_MAX_CHUNKS * _CHUNK}"
+    if partitioned():
+        return "the computation spans several devices; call it inside jax.shard_map"
+    return None
+
+
+def accumulate(
+    call: Call, *, rule: str = "deltanet", implementation: str = "mosaic_gpu"
+) -> tuple[Array, MemoryState]:
+    """The same as ``holo_jax.functional.accumulate``, for a call that ``unsupported`` accepts.
+
+    Args:
+      call: the arguments.
+      rule: kernel of the erase form: ``"deltanet"``, or ``"gdn2"``, whose erase and write gates are
+        separate (twice the bytes, no quotient of gates).
+      implementation: ``"mosaic_gpu"``, or the package's plain ``"chunked"`` or ``"reference"`` form, which
+        run anywhere and serve to test this mapping.
+    """
+    from jla.ops import linear_attention
+
+    b, t, h, _ = call.values.shape
+    dtype = call.values.dtype
+    keys, queries = (
+        jnp.broadcast_to(phasor_features(p, dtype), (b, t, h, 2 * p.shape[-1]))
+        for p in (call.write_phases, call.read_phases)
+    )
+    options: dict[str, Any] = dict(scale=1.0, output_final_state=True, impl=implementation)
+    if call.segment_ids is not None:
+        options["segment_ids"] = call.segment_ids
+    if call.initial_state is not None:
+        held = call.initial_state.memory + call.initial_state.residue
+        options["initial_state"] = jnp.concatenate([held.real, held.imag], axis=-2)
+    gates = jnp.ones((b, t, h), jnp.float32) if call.gates is None else call.gates.astype(jnp.float32)
+    if call.erase is None:
+        values = call.values if call.gates is None else _scaled(call.values, gates)
+        outputs, state = linear_attention(
+            "simple_gla", queries, keys, values, g=jnp.zeros((b, t, h), jnp.float32), **options
+        )
+    elif rule == "gdn2":
+        outputs, state = linear_attention(
+            "gdn2",
+            queries,
+            keys,
+            call.values,
+            g=jnp.zeros(keys.shape, jnp.float32),
+            b=jnp.broadcast_to(call.erase[..., None], keys.shape),
+            w=jnp.broadcast_to(gates[..., None], call.values.shape),
+            **options,
+        )
+    else:
+        strength = raised(call.erase.astype(jnp.float32), gates)
+        values = _scaled(call.values, gates / strength)
+        outputs, state = linear_attention("deltanet", queries, keys, values, beta=strength, **options)
+    real, imag = jnp.split(state, 2, axis=-2)
+    memory = jax.lax.complex(real, imag)
+    # Named while narrow, so that a rematerialised block keeps it instead of running the kernel twice.
+    outputs = checkpoint_name(outputs, READ_NAME).astype(jnp.float32)
+    return outputs, MemoryState(memory, jnp.zeros_like(memory), total_writes(call))
+
+
+def _scaled(values: Array, factors: Array) -> Array:
+    return (values.astype(jnp.float32) * factors[..., None]).astype(values.dtype)
+
+
+def raised(erase: Array, gates: Array) -> Array:
+    """Erase gates not below ``2^-16`` of the write gates, with the gradient of the erase gates themselves.
+
+    The gradient with respect to ``e`` is a difference of two products, each known to the operands' rounding;
+    through a gate ``e = g sigmoid(x)`` the error it leaves in ``dx`` is at most that rounding times the
+    gradient of the write gate, however small ``e`` is.
+    """
+    least = jnp.maximum(_LEAST_SHARE * gates, _LEAST)
+    return erase + jax.lax.stop_gradient(jnp.maximum(erase, least) - erase)
