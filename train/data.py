@@ -46,8 +46,8 @@ def open_prepared(
     """One prepared directory as a data set, several as a mixture by ``weights`` (equal by default).
 
     Raises:
-      DataError: for no path, directories of different tokenizers, or as ``PreparedDataset``.
-      ValueError: for weights that do not fit, as ``Mixture``.
+      DataError: for no path or directories of different tokenizers, or as ``PreparedDataset`` and
+        ``Mixture``.
     """
     if not paths:
         raise DataError("no prepared directory is given")

@@ -12,7 +12,7 @@ import zstandard
 
 Entry = dict[str, Any]
 SUBSETS = ("RedPajamaBook", "RedPajamaC4")
-_WORDS = "holographic memory binds a value to its key and reads it back é ü 漢字 🙂\n".split(" ")
+_WORDS = ["holographic", "memory", "binds", "a", "value", "to", "its", "key", "é", "ü", "漢字", "🙂\n"]
 
 
 def entries(count: int, seed: int = 0, longest: int = 60) -> list[Entry]:

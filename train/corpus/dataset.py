@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from train.corpus.errors import DataError
+
 Record = dict[str, np.ndarray]
 
 
@@ -61,7 +63,7 @@ class Mixture:
     """Datasets drawn from in proportion to ``weights`` (records per drawn record, any positive scale).
 
     Raises:
-      ValueError: for no dataset, weights that do not match or are not positive, or datasets that
+      DataError: for no dataset, weights that do not match or are not positive, or datasets that
         differ in vocabulary or context length.
     """
 
@@ -70,18 +72,18 @@ class Mixture:
 
     def __post_init__(self) -> None:
         if not self.datasets:
-            raise ValueError("a mixture needs at least one dataset")
+            raise DataError("a mixture needs at least one dataset")
         if len(self.datasets) != len(self.weights):
-            raise ValueError(
+            raise DataError(
                 f"{len(self.datasets)} datasets but {len(self.weights)} weights; give one weight each"
             )
         for weight in self.weights:
             if not 0 < weight < float("inf"):
-                raise ValueError(f"mixture weight {weight!r} must be a positive finite number")
+                raise DataError(f"mixture weight {weight!r} must be a positive finite number")
         for field in ("vocab_size", "context_length"):
             values = sorted({getattr(dataset, field) for dataset in self.datasets})
             if len(values) > 1:
-                raise ValueError(f"datasets of a mixture differ in {field}: {values}")
+                raise DataError(f"datasets of a mixture differ in {field}: {values}")
 
     @property
     def vocab_size(self) -> int:

@@ -23,7 +23,8 @@ DOCUMENT_DEFECTS = ("bad_json", "bad_meta", "bad_utf8", "empty_text", "missing_t
 FILE_DEFECTS = ("corrupt_parquet", "corrupt_zstd", "truncated_zstd")
 
 _LINE_PER_TEXT = 8  # an escaped JSON line is at most about 6 times as long as its text
-_ZSTD_INPUT = 8 << 10  # small, so that even extreme compression inflates to bounded memory
+_READ = 1 << 18
+_ZSTD_INPUT = 1 << 10  # 4 bytes can inflate to 128 KiB: fed in small pieces, memory stays bounded
 _PARQUET_ROWS = 64
 _PROBED = 16
 _TEXT_TYPES = (
@@ -106,26 +107,26 @@ class _BlockStream(io.RawIOBase):
 
     def __init__(self, blocks: Iterator[bytes]) -> None:
         self._blocks = blocks
-        self._rest = b""
+        self._rest, self._at = b"", 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        while not self._rest:
+        while self._at == len(self._rest):
             block = next(self._blocks, None)
             if block is None:
                 return 0
-            self._rest = block
-        count = min(len(buffer), len(self._rest))
-        buffer[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
+            self._rest, self._at = block, 0
+        count = min(len(buffer), len(self._rest) - self._at)
+        buffer[:count] = memoryview(self._rest)[self._at : self._at + count]
+        self._at += count
         return count
 
 
-def _blocks(file: SourceFile, size: int, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
-    with file.path.open("rb") as stream:
-        while block := stream.read(size):
+def _blocks(file: SourceFile, on_bytes: Callable[[int], None]) -> Iterator[bytes]:
+    with file.path.open("rb", buffering=0) as stream:
+        while block := stream.read(_READ):
             on_bytes(len(block))
             yield block
 
@@ -136,21 +137,22 @@ def _inflated(blocks: Iterator[bytes]) -> Iterator[bytes]:
     frame = decompressor.decompressobj()
     begun = False
     for block in blocks:
-        data = block
-        while data:
-            yield frame.decompress(data)
-            begun = True
-            data = frame.unused_data if frame.eof else b""
-            if frame.eof:
-                frame, begun = decompressor.decompressobj(), False
+        for place in range(0, len(block), _ZSTD_INPUT):
+            data = block[place : place + _ZSTD_INPUT]
+            while data:
+                yield frame.decompress(data)
+                begun = True
+                data = frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame, begun = decompressor.decompressobj(), False
     if begun:
         raise _Truncated
 
 
 def _read_lines(file: SourceFile, fields: Fields, on_bytes: Callable[[int], None]) -> Iterator[Text | Defect]:
     compressed = format_of(file.name) == ".jsonl.zst"
-    blocks = _blocks(file, _ZSTD_INPUT if compressed else 1 << 18, on_bytes)
-    stream = io.BufferedReader(_BlockStream(_inflated(blocks) if compressed else blocks), 1 << 18)
+    blocks = _blocks(file, on_bytes)
+    stream = io.BufferedReader(_BlockStream(_inflated(blocks) if compressed else blocks), _READ)
     limit = _LINE_PER_TEXT * fields.max_document_bytes + (1 << 16)
     number = 0
     try:

@@ -79,6 +79,8 @@ class SentencePieceTokenizer:
     kind = "sentencepiece"
 
     def __init__(self, model: bytes, name: str) -> None:
+        if not model:
+            raise TokenizerError(f"{name} is not a SentencePiece model: it is empty")
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError, TypeError) as error:
@@ -94,6 +96,8 @@ class SentencePieceTokenizer:
         return self._processor.encode(text)
 
     def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+        if threads == 1:  # the library's batch call starts a thread, whose memory is kept apart and grows
+            return [self._processor.encode(text) for text in texts]
         return self._processor.encode(list(texts), num_threads=threads)
 
     def decode(self, ids: Sequence[int]) -> str:

@@ -80,10 +80,11 @@ def verify_once(directory: Path, splits: Sequence[str], *, threads: int | None =
     known: Json = {}
     for place in places:
         known |= _read_stamp(place, key)
-    stale = {name: entry for name, entry in files.items() if known.get(name) != _identity(directory / name)}
+    found = {name: _identity(directory / name) for name in files}
+    stale = {name: files[name] for name in files if found[name] is None or known.get(name) != found[name]}
     if stale:
         verify_files(directory, stale, threads=threads)
-        passed = known | {name: _identity(directory / name) for name in stale}
+        passed = known | {name: found[name] for name in stale}
         _write_stamp(places, {"manifest": key, "files": passed})
     return manifest
 
