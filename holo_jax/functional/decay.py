@@ -21,6 +21,7 @@ from holo_jax.functional.checks import check_choice, check_float, check_shape, w
 from holo_jax.functional.memory.chunks import scan_padded
 from holo_jax.functional.memory.products import contract
 from holo_jax.functional.segments import borders
+from holo_jax.functional.varying import vary_together
 from holo_jax.precision import assert_dtype
 
 METHODS = ("chunked", "recurrent")
@@ -114,7 +115,9 @@ def decayed_accumulate(
     logs = log_decay.astype(dtype)
     if segment_ids is not None:
         logs = jnp.where(borders(segment_ids)[..., None], -jnp.inf, logs)
-    key, query = keys.astype(dtype), queries.astype(dtype)
+    key, query, values, logs, state = vary_together(
+        (keys.astype(dtype), queries.astype(dtype), values, logs, state)
+    )
     if method == "recurrent":
         outputs, state = _recurrent(key, query, values.astype(dtype), logs, state)
     else:

@@ -9,6 +9,7 @@ from holo_jax.functional.memory.outer import chunked_outer
 from holo_jax.functional.memory.reference import associative_erase, associative_sum, recurrent
 from holo_jax.functional.memory.state import MemoryState, check_erase, check_state, init_memory
 from holo_jax.functional.segments import borders, make_runs, run_index
+from holo_jax.functional.varying import vary_together
 from holo_jax.precision import assert_dtype, assert_wide, complex_dtype
 
 METHODS = ("chunked", "associative_scan", "recurrent")
@@ -103,6 +104,9 @@ def accumulate(
     write, read = write_phases.astype(dtype), read_phases.astype(dtype)
     gate = jnp.ones((batch, time, heads), dtype) if gates is None else gates.astype(dtype)
     removal = None if erase is None else erase.astype(dtype)
+    write, read, values, gate, removal, segment_ids, initial_state = vary_together(
+        (write, read, values, gate, removal, segment_ids, initial_state)
+    )
     if method == "chunked":
         runs = None if segment_ids is None else make_runs(segment_ids)
         chunk = chunk_size or CHUNK_SIZES[binding]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from holo_jax.array_types import Array
+from holo_jax.functional.varying import vary_together
 
 Tree = Any
 Body = Callable[[Tree, Tree, Tree], tuple[Tree, Array]]
@@ -60,6 +61,7 @@ def _forward(
         return (output, last), jax.tree.map(lambda x: x[None], state)
     shape = jax.eval_shape(body, state, _cut(inputs, 0, length), _cut(aux, 0, length))[1]
     outputs = jnp.zeros((shape.shape[0], count * length, *shape.shape[2:]), shape.dtype)
+    outputs = vary_together((outputs, inputs))[0]
 
     def visit(carry: tuple[Tree, Array], index: Array) -> tuple[tuple[Tree, Array], Tree]:
         state, outputs = carry
@@ -100,7 +102,7 @@ def _bwd(body: Body, length: int, saved: tuple, cotangent: tuple[Array, Tree]) -
         )
         return (d_state, _paste(d_inputs, d_block, index, length)), None
 
-    start = (d_state, jax.tree.map(jnp.zeros_like, inputs))
+    start = (d_state, vary_together((jax.tree.map(jnp.zeros_like, inputs), inputs))[0])
     (d_state, d_inputs), _ = lax.scan(visit, start, (jnp.arange(count), states), reverse=True)
     return d_state, d_inputs, None
 

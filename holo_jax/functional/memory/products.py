@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 
 from holo_jax.array_types import Array, Complex, Float
 from holo_jax.functional.trigonometry import sincos
+from holo_jax.functional.varying import vary_together
 
 
 def features(phases: Float[Array, "... m"]) -> Float[Array, "... k"]:
@@ -38,7 +39,6 @@ def from_planes(matrix: Float[Array, "... k d"]) -> Complex[Array, "... m d"]:
     return lax.complex(real, imag)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def contract(spec: str, operands: DTypeLike, x: Array, y: Array) -> Array:
     """``einsum(spec, x, y)`` with operands of dtype ``operands`` and a float32 (or float64) accumulator.
 
@@ -46,6 +46,12 @@ def contract(spec: str, operands: DTypeLike, x: Array, y: Array) -> Array:
     products of the same kind: without this rule, a float32 cotangent would pull a bfloat16 product up to
     float32 operands. Each index of ``spec`` must occur in at least two of its three terms.
     """
+    x, y = vary_together((x, y))
+    return _contract(spec, operands, x, y)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _contract(spec: str, operands: DTypeLike, x: Array, y: Array) -> Array:
     accumulator = jnp.float64 if jnp.dtype(operands) == jnp.float64 else jnp.float32
     x, y = x.astype(operands), y.astype(operands)
     if jax.default_backend() == "cpu":
@@ -62,7 +68,7 @@ def contract(spec: str, operands: DTypeLike, x: Array, y: Array) -> Array:
 
 
 def _contract_fwd(spec: str, operands: DTypeLike, x: Array, y: Array) -> tuple[Array, tuple[Array, Array]]:
-    return contract(spec, operands, x, y), (x, y)
+    return _contract(spec, operands, x, y), (x, y)
 
 
 def _contract_bwd(
@@ -71,9 +77,9 @@ def _contract_bwd(
     x, y = saved
     terms, out = spec.split("->")
     left, right = terms.split(",")
-    d_x = contract(f"{out},{right}->{left}", operands, cotangent, y)
-    d_y = contract(f"{left},{out}->{right}", operands, x, cotangent)
+    d_x = _contract(f"{out},{right}->{left}", operands, cotangent, y)
+    d_y = _contract(f"{left},{out}->{right}", operands, x, cotangent)
     return d_x.astype(x.dtype), d_y.astype(y.dtype)
 
 
-contract.defvjp(_contract_fwd, _contract_bwd)
+_contract.defvjp(_contract_fwd, _contract_bwd)
