@@ -46,15 +46,11 @@ def open_prepared(
     """One prepared directory as a data set, several as a mixture by ``weights`` (equal by default).
 
     Raises:
-      DataError: for no path or directories of different tokenizers, or as ``PreparedDataset`` and
-        ``Mixture``.
+      DataError: for no path, or as ``PreparedDataset`` and ``Mixture``.
     """
     if not paths:
         raise DataError("no prepared directory is given")
     parts = [PreparedDataset(path, split, context_length=context_length, verify=verify) for path in paths]
-    for part in parts[1:]:
-        if part.manifest["tokenizer"]["sha256"] != parts[0].manifest["tokenizer"]["sha256"]:
-            raise DataError(f"{part.directory} was prepared with another tokenizer than {parts[0].directory}")
     if len(parts) == 1 and not weights:
         return parts[0]
     return Mixture(tuple(parts), tuple(weights) or (1.0,) * len(parts))

@@ -10,6 +10,7 @@ import pytest
 
 from train.corpus.dataset import Dataset, Document, Mixture, Record, segments_to_record
 from train.corpus.python_source import split_of
+from train.corpus.tokenizers import ByteTokenizer, describe_tokenizer
 from train.data import DataError, make_loader, python_source
 
 LENGTH = 8
@@ -20,6 +21,7 @@ class Numbers:
 
     vocab_size = 258
     context_length = LENGTH
+    tokenizer_sha256 = describe_tokenizer(ByteTokenizer())["sha256"]
 
     def __init__(self, records: int, first: int = 0) -> None:
         self.records, self.first = records, first

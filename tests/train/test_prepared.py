@@ -15,7 +15,7 @@ from train.corpus.dataset import Dataset, Mixture
 from train.corpus.errors import DataError, ManifestError, ShardError
 from train.corpus.prepared import PreparedDataset
 from train.corpus.verify import STAMP_FILE
-from train.data import open_prepared
+from train.data import open_prepared, python_source
 
 LENGTH = 64
 TRAIN = [entry for number in range(3) for entry in entries(12, number)]
@@ -120,7 +120,7 @@ def test_context_lengths_must_divide(data: Path, length: int) -> None:
 
 
 def test_missing_directories_name_the_command(tmp_path: Path) -> None:
-    with pytest.raises(ManifestError, match=r"python -m train.prepare --source=CORPUS .* --out=.*nowhere"):
+    with pytest.raises(ManifestError, match=r"python -m train.prepare --source=hf:.* --out=.*nowhere"):
         PreparedDataset(tmp_path / "nowhere")
     (tmp_path / "begun" / ".partial").mkdir(parents=True)
     with pytest.raises(ManifestError, match="was started but not finished"):
@@ -265,10 +265,13 @@ def test_several_directories_are_a_mixture(data: Path, tmp_path: Path) -> None:
     assert isinstance(mixture, Mixture)
     assert mixture.weights == (3, 1)
     assert mixture.context_length == 32
+    for number in range(9):
+        (tmp_path / f"file{number}.py").write_text("x = 1\n")
     write_jsonl(tmp_path / "train.jsonl", entries(30))
     command = [f"--source={tmp_path / 'train.jsonl'}", "--tokenizer=train:258", "--workers=1"]
     assert prepare.main([*command, f"--context-length={LENGTH}", f"--out={tmp_path / 'other'}"]) == 0
-    with pytest.raises(DataError, match="was prepared with another tokenizer"):
+    with pytest.raises(DataError, match="were made with different tokenizers"):
         open_prepared([data, tmp_path / "other"])
+    assert Mixture((PreparedDataset(data), python_source(LENGTH, root=tmp_path)), (1, 1)).vocab_size == 258
     with pytest.raises(DataError, match="no prepared directory"):
         open_prepared([])

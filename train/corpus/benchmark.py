@@ -83,9 +83,7 @@ def benchmark_prepare(source: str, tokenizer_spec: str, workers: int, megabytes:
             (out / PARTIAL_DIRECTORY).mkdir(parents=True)
             save_tokenizer(tokenizer, out / TOKENIZER_DIRECTORY)
             runs["library"].append(_timed(functools.partial(tokenizer.encode_batch, texts, workers)))
-            runs["pipeline"].append(
-                _timed(lambda directory=out: run_jobs(directory, jobs, Options(), workers))
-            )
+            runs["pipeline"].append(_timed(functools.partial(run_jobs, out, jobs, Options(), workers)))
     wall = {name: size / min(wall for wall, _ in turns) for name, turns in runs.items()}
     cpu = {name: size / min(cpu for _, cpu in turns) for name, turns in runs.items()}
     return {

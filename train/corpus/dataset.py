@@ -64,7 +64,7 @@ class Mixture:
 
     Raises:
       DataError: for no dataset, weights that do not match or are not positive, or datasets that
-        differ in vocabulary or context length.
+        differ in vocabulary, context length or tokenizer (``tokenizer_sha256``, where they have one).
     """
 
     datasets: Sequence[Dataset]
@@ -84,6 +84,8 @@ class Mixture:
             values = sorted({getattr(dataset, field) for dataset in self.datasets})
             if len(values) > 1:
                 raise DataError(f"datasets of a mixture differ in {field}: {values}")
+        if len({getattr(dataset, "tokenizer_sha256", None) for dataset in self.datasets}) > 1:
+            raise DataError("datasets of a mixture were made with different tokenizers")
 
     @property
     def vocab_size(self) -> int:

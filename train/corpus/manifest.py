@@ -15,6 +15,8 @@ FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_DIRECTORY = "tokenizer"
 
+_SLIMPAJAMA = "hf:DKYoon/SlimPajama-6B@b5f90f419b7489cdba26fdbc8c022fcb5562f968"
+
 Json = dict[str, Any]
 _COUNTS = ("documents", "tokens", "text_bytes")
 
@@ -78,8 +80,9 @@ def read_manifest(directory: Path) -> Json:
             else "is no prepared data directory"
         )
         raise ManifestError(
-            f"{directory} {state} (no {MANIFEST_FILE}); make it with: "
-            f"python -m train.prepare --source=CORPUS --tokenizer=TOKENIZER --out={directory}"
+            f"{directory} {state} (no {MANIFEST_FILE}); this makes it from SlimPajama-6B: "
+            f"python -m train.prepare --source={_SLIMPAJAMA} --tokenizer=train:32000 --out={directory} "
+            "(--source may also name local files)"
         )
     try:
         manifest = json.loads(path.read_bytes())

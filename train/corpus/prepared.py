@@ -95,6 +95,11 @@ class PreparedDataset:
         return sha256_bytes(f"{self.manifest_sha256}/{self.split}/{self._context_length}".encode())
 
     @property
+    def tokenizer_sha256(self) -> str:
+        """Identity of the tokenizer: the hash over its files."""
+        return self.manifest["tokenizer"]["sha256"]
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer stored beside the data."""
         return load_tokenizer(self.directory / TOKENIZER_DIRECTORY)

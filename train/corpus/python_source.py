@@ -13,7 +13,7 @@ import numpy as np
 
 from train.corpus.dataset import Document, Record, segments_to_record
 from train.corpus.errors import DataError
-from train.corpus.tokenizers import ByteTokenizer
+from train.corpus.tokenizers import ByteTokenizer, describe_tokenizer
 
 SPLITS = ("train", "heldout")
 _HELDOUT_PERCENT = 5
@@ -72,6 +72,10 @@ class PythonSource:
     @property
     def context_length(self) -> int:
         return self._context_length
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        return describe_tokenizer(self.tokenizer)["sha256"]
 
     @property
     def fingerprint(self) -> str:

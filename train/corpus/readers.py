@@ -25,7 +25,7 @@ FILE_DEFECTS = ("corrupt_parquet", "corrupt_zstd", "truncated_zstd")
 _LINE_PER_TEXT = 8  # an escaped JSON line is at most about 6 times as long as its text
 _READ = 1 << 18
 _ZSTD_INPUT = 1 << 10  # 4 bytes can inflate to 128 KiB: fed in small pieces, memory stays bounded
-_PARQUET_ROWS = 64
+_PARQUET_ROWS = 16
 _PROBED = 16
 _TEXT_TYPES = (
     pa.types.is_string,

@@ -1,5 +1,6 @@
 """Runs the shards of a plan over worker processes, and joins the results."""
 
+import collections
 import concurrent.futures
 import concurrent.futures.process
 import dataclasses
@@ -19,7 +20,6 @@ from train.corpus.manifest import (
     TOKENIZER_DIRECTORY,
     Json,
     build_manifest,
-    counts_table,
     data_files,
     write_manifest,
 )
@@ -224,31 +224,29 @@ def require_tolerable(manifest: Json, tolerance: Tolerance) -> None:
     Raises:
       BadInputError: with every kind's count, and the files that have most.
     """
-    kinds: dict[str, int] = {}
-    lines = []
-    documents = 0
-    for _, split in sorted(manifest["splits"].items()):
-        documents += split["documents"] + split["left_out"]
-        for kind, count in split["defects"].items():
-            kinds[kind] = kinds.get(kind, 0) + count
-        for shard in split["shards"]:
-            for kind, defect in sorted(shard["defects"].items()):
-                lines.append(
-                    (
-                        defect["count"],
-                        f"{shard['source']['name']}: {defect['count']} {kind}, first at {defect['first']}",
-                    )
-                )
-    damaged = sum(kinds.get(kind, 0) for kind in FILE_DEFECTS)
+    splits = manifest["splits"].values()
+    shards = [shard for split in splits for shard in split["shards"]]
+    kinds: collections.Counter[str] = collections.Counter()
+    for split in splits:
+        kinds.update(split["defects"])
+    kept = sum(split["documents"] for split in splits)
+    left_out = sum(split["left_out"] for split in splits)
+    documents = kept + left_out
+    damaged = sum(kinds[kind] for kind in FILE_DEFECTS)
     defective = sum(kinds.values()) - damaged
     share = defective / max(documents + defective, 1)
     if damaged > tolerance.damaged_files or share > tolerance.defective:
-        worst = [line for _, line in sorted(lines, key=lambda entry: (-entry[0], entry[1]))]
+        found = [(shard, *item) for shard in shards for item in shard["defects"].items()]
+        found.sort(key=lambda item: (-item[2]["count"], item[0]["source"]["name"], item[1]))
+        worst = [
+            f"{shard['source']['name']}: {defect['count']} {kind}, first at {defect['first']}"
+            for shard, kind, defect in found
+        ]
         more = f" (and {len(worst) - 5} more)" if len(worst) > 5 else ""
         raise BadInputError(
             f"{defective:,} of {documents + defective:,} documents are defective "
             f"(limit --max-bad={tolerance.defective:g}) and {damaged} files are damaged "
             f"(limit --max-damaged-files={tolerance.damaged_files}): " + "; ".join(worst[:5]) + more
         )
-    if documents - sum(split["left_out"] for split in manifest["splits"].values()) == 0:
-        raise BadInputError("the source has no document to keep\n" + counts_table(manifest))
+    if kept == 0:
+        raise BadInputError(f"the source has no document to keep ({left_out:,} are of other subsets)")
