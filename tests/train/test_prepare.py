@@ -330,7 +330,7 @@ def test_a_hub_dataset_is_named_in_the_manifest(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """Peak memory stays when a .jsonl.zst file and a parquet file of one row group grow by 15 MB of text each."""
+    """Peak memory stays when a .jsonl.zst file and a parquet file of one row group grow by 15 MB."""
     peaks = {}
     # VmHWM, not ru_maxrss: that one is inherited from the process that started this one.
     code = (
