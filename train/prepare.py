@@ -102,13 +102,32 @@ def _task(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def _tokenizer(spec: str, sources: Sequence[SourceFile], fields: Fields, sample_mb: float) -> Tokenizer:
-    if not spec.startswith(_TRAIN):
-        return load_tokenizer(spec)
-    size = spec.removeprefix(_TRAIN)
+def _training(arguments: argparse.Namespace) -> Json | None:
+    """How the tokenizer is to be trained, or None if it is given."""
+    if not arguments.tokenizer.startswith(_TRAIN):
+        return None
+    size = arguments.tokenizer.removeprefix(_TRAIN)
     if not size.isdecimal():
-        raise DataError(f"--tokenizer={spec} must be train:SIZE, such as train:32000")
-    return train_tokenizer(int(size), sample_texts(sources, fields, round(sample_mb * 1e6)))
+        raise DataError(f"--tokenizer={arguments.tokenizer} must be train:SIZE, such as train:32000")
+    return {"vocab_size": int(size), "sample_bytes": round(arguments.tokenizer_sample_mb * 1e6)}
+
+
+def _tokenizer(
+    arguments: argparse.Namespace, training: Json | None, sources: Sequence[SourceFile], fields: Fields
+) -> Tokenizer:
+    if training is None:
+        return load_tokenizer(arguments.tokenizer)
+    begun = _begun(arguments.out)
+    if begun is not None and begun["tokenizer"]["training"] == training:
+        return load_tokenizer(arguments.out / TOKENIZER_DIRECTORY)
+    return train_tokenizer(training["vocab_size"], sample_texts(sources, fields, training["sample_bytes"]))
+
+
+def _begun(directory: Path) -> Json | None:
+    """The plan of a directory that is finished or begun, or None."""
+    if (directory / MANIFEST_FILE).is_file():
+        return plan_of_manifest(read_manifest(directory))
+    return read_plan(directory)
 
 
 def _require_arguments(arguments: argparse.Namespace) -> None:
@@ -138,13 +157,15 @@ def prepare(arguments: argparse.Namespace) -> Json | None:
     source = str(hub.download(arguments.source, arguments.cache)) if from_hub else arguments.source
     sources = find_sources(source, split=arguments.split, splits=arguments.splits)
     require_text(sources, fields)
-    tokenizer = _tokenizer(arguments.tokenizer, sources, fields, arguments.tokenizer_sample_mb)
+    training = _training(arguments)
+    tokenizer = _tokenizer(arguments, training, sources, fields)
     limit = arguments.model_vocab_size
     if limit is not None and tokenizer.vocab_size > limit:
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} entries; the model's vocabulary has {limit}"
         )
-    plan = make_plan(options, tokenizer, sources, arguments.source if from_hub else None)
+    name = arguments.source if from_hub else None
+    plan = make_plan(options, tokenizer, sources, source_name=name, training=training)
     jobs = shard_jobs(sources)
     if (arguments.out / MANIFEST_FILE).is_file():
         return _finished_before(arguments.out, plan, tolerance)
@@ -172,11 +193,13 @@ def _start(directory: Path, plan: Json, tokenizer: Tokenizer) -> None:
     begun = read_plan(directory)
     if begun is not None:
         require_same_plan(directory, begun, plan)
-    elif directory.is_dir() and any(entry.name != PARTIAL_DIRECTORY for entry in directory.iterdir()):
+        return
+    present = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
+    if present and not {PARTIAL_DIRECTORY} <= present <= {PARTIAL_DIRECTORY, TOKENIZER_DIRECTORY}:
         raise PlanError(f"--out={directory} is not empty and was not started by this command")
-    else:
-        write_plan(directory, plan)
+    (directory / PARTIAL_DIRECTORY).mkdir(parents=True, exist_ok=True)
     save_tokenizer(tokenizer, directory / TOKENIZER_DIRECTORY)
+    write_plan(directory, plan)
 
 
 def _make(directory: Path, jobs: Sequence[ShardJob], options: Options, workers: int) -> None:

@@ -250,6 +250,10 @@ def test_other_options_are_refused(corpus: Path, tmp_path: Path, capsys: pytest.
     assert run(corpus, out, "--subsets=RedPajamaBook") == 2
     assert "options.subsets: [] -> ['RedPajamaBook']" in capsys.readouterr().err
     assert tree(out) == before
+    (tmp_path / "killed" / PARTIAL_DIRECTORY).mkdir(parents=True)
+    (tmp_path / "killed" / "tokenizer").mkdir()
+    assert run(corpus, tmp_path / "killed") == 0
+    assert tree(tmp_path / "killed") == before
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     assert run(corpus, tmp_path / "full") == 2
@@ -303,13 +307,20 @@ def test_only_some_subsets(tmp_path: Path) -> None:
     assert [dataset.tokenizer.decode(d.tokens.tolist()) for d in dataset.documents()] == wanted
 
 
-def test_trained_tokenizer_lies_beside_the_data(corpus: Path, tmp_path: Path) -> None:
+def test_trained_tokenizer_lies_beside_the_data(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("one", "two"):
         assert run(corpus, tmp_path / name, "--tokenizer=train:300") == 0
     assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert run(corpus, tmp_path / "begun", "--tokenizer=train:300", "--task=0/2") == 0
+    monkeypatch.setattr(prepare, "train_tokenizer", lambda *_: pytest.fail("trained again"))
+    assert run(corpus, tmp_path / "begun", "--tokenizer=train:300") == 0
+    assert tree(tmp_path / "begun") == tree(tmp_path / "one")
     manifest = read_manifest(tmp_path / "one")
     digest = tree(tmp_path / "one")["tokenizer/tokenizer.json"]
     assert manifest["tokenizer"]["files"]["tokenizer.json"] == digest
+    assert manifest["tokenizer"]["training"] == {"vocab_size": 300, "sample_bytes": 200_000_000}
     tokenizer = load_tokenizer(tmp_path / "one")
     first = next(PreparedDataset(tmp_path / "one").documents())
     assert first.tokens[0] == tokenizer.bos_id

@@ -77,13 +77,23 @@ def shard_jobs(sources: Sequence[SourceFile]) -> list[ShardJob]:
 
 
 def make_plan(
-    options: Options, tokenizer: Tokenizer, sources: Sequence[SourceFile], source_name: str | None
+    options: Options,
+    tokenizer: Tokenizer,
+    sources: Sequence[SourceFile],
+    *,
+    source_name: str | None = None,
+    training: Json | None = None,
 ) -> Json:
-    """The plan as JSON. ``source_name`` is the pinned dataset id, None for local files."""
+    """The plan as JSON.
+
+    Args:
+      source_name: the pinned dataset id; None for local files.
+      training: how the tokenizer was trained; None if it was given.
+    """
     return {
         "options": json.loads(json.dumps(dataclasses.asdict(options))),
         "source": source_name,
-        "tokenizer": describe_tokenizer(tokenizer),
+        "tokenizer": describe_tokenizer(tokenizer) | {"training": training},
         "token_dtype": token_dtype(tokenizer.vocab_size).name,
         "files": {
             job.file: {"name": job.source.name, "bytes": job.source.size} for job in shard_jobs(sources)
@@ -111,8 +121,7 @@ def read_plan(directory: Path) -> Json | None:
 
 
 def write_plan(directory: Path, plan: Json) -> None:
-    """Starts a directory."""
-    (directory / PARTIAL_DIRECTORY).mkdir(parents=True, exist_ok=True)
+    """Claims a directory for a plan."""
     write_atomically(directory / PARTIAL_DIRECTORY / _PLAN_FILE, to_json(plan))
 
 

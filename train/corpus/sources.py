@@ -92,7 +92,7 @@ def _list(source: str) -> tuple[Path, list[Path]]:
     elif path.is_file():
         root, candidates = path.parent, [path]
     elif glob.has_magic(source):
-        candidates = [Path(match) for match in glob.glob(str(path), recursive=True)]
+        candidates = [Path(match) for match in {*glob.glob(str(path), recursive=True)}]
         fixed = []
         for part in path.parts[:-1]:
             if glob.has_magic(part):
