@@ -1,0 +1,20 @@
+"""Which failures are results: running out of memory is one, a programming error is not."""
+
+import jax
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for an allocation that the device (or the host) refused."""
+    if isinstance(error, MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, jax.errors.JaxRuntimeError) and (
+        "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower()
+    )
+
+
+def as_status(error: BaseException) -> str:
+    """ "oom" for running out of memory; anything else is raised again."""
+    if is_out_of_memory(error):
+        return "oom"
+    raise error
