@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from holo_jax.functional import bind, retrieval_scale, unbind
 
 BINDINGS = ("hadamard", "outer")
+scale_of = jax.jit(retrieval_scale, static_argnames=("kind", "eps"))
 FINITE = st.floats(-1e3, 1e3, width=32)
 VECTOR = st.lists(FINITE, min_size=4, max_size=4).map(lambda x: np.asarray(x, np.float32))
 
@@ -59,30 +60,31 @@ def test_narrow_values_are_widened_exactly():
 def test_scales_by_hand():
     gates = jnp.asarray([1.0, 0.5, 0.0, 1.0, 0.5]).reshape(1, 5, 1)
     segments = jnp.asarray([[4, 4, 4, 2, 2]], jnp.int32)
-    time = retrieval_scale("sqrt_time", gates, segment_ids=segments, initial_steps=jnp.asarray([3]))
+    time = scale_of("sqrt_time", gates, segment_ids=segments, initial_steps=jnp.asarray([3]))
     np.testing.assert_allclose(time.ravel() ** 2, [4, 5, 6, 1, 2], rtol=1e-6)
-    writes = retrieval_scale("sqrt_writes", gates, segment_ids=segments, initial_writes=jnp.asarray([[2.0]]))
+    writes = scale_of("sqrt_writes", gates, segment_ids=segments, initial_writes=jnp.asarray([[2.0]]))
     np.testing.assert_allclose(writes.ravel() ** 2, [3, 3.25, 3.25, 1, 1.25], rtol=1e-5)
-    np.testing.assert_array_equal(retrieval_scale("none", gates), jnp.ones((1, 5, 1)))
-    np.testing.assert_allclose(retrieval_scale("sqrt_time", gates).ravel() ** 2, [1, 2, 3, 4, 5], rtol=1e-6)
+    np.testing.assert_array_equal(scale_of("none", gates), jnp.ones((1, 5, 1)))
+    np.testing.assert_allclose(scale_of("sqrt_time", gates).ravel() ** 2, [1, 2, 3, 4, 5], rtol=1e-6)
 
 
 def test_scales_agree_for_open_gates_and_do_not_leak():
     gates = jnp.ones((2, 9, 3))
-    time, writes = (retrieval_scale(kind, gates) for kind in ("sqrt_time", "sqrt_writes"))
+    time, writes = (scale_of(kind, gates) for kind in ("sqrt_time", "sqrt_writes"))
     np.testing.assert_allclose(time, writes, rtol=1e-6)
     segments = jnp.asarray([[0] * 5 + [1] * 4] * 2, jnp.int32)
 
     def later(gates, initial):
-        scale = retrieval_scale("sqrt_writes", gates, segment_ids=segments, initial_writes=initial)
+        scale = scale_of("sqrt_writes", gates, segment_ids=segments, initial_writes=initial)
         return jnp.sum(scale[:, 5:])
 
-    to_gates, to_initial = jax.grad(later, argnums=(0, 1))(gates, jnp.ones((2, 3)))
+    gradient = jax.jit(jax.grad(later, argnums=(0, 1)))
+    to_gates, to_initial = gradient(gates, jnp.ones((2, 3)))
     assert not np.any(to_gates[:, :5]) and not np.any(to_initial) and np.all(to_gates[:, 5:] != 0)
 
 
 def test_silent_gate_has_a_finite_scale_and_gradient():
     gates = jnp.zeros((1, 3, 1))
-    scale, pull = jax.vjp(lambda g: retrieval_scale("sqrt_writes", g, eps=1e-4), gates)
+    scale, pull = jax.vjp(lambda g: scale_of("sqrt_writes", g, eps=1e-4), gates)
     np.testing.assert_allclose(scale, np.full((1, 3, 1), 1e-2), rtol=1e-6)
     assert np.all(np.isfinite(pull(scale)[0]))

