@@ -26,6 +26,7 @@ def get_config() -> ConfigDict:
     )
     config.data.paths = ()  # directories written by train.prepare, mixed by data.weights
     config.data.weights = ()  # one positive weight a path; empty for equal ones
+    config.data.heldout_split = "validation"  # of prepared data
     config.data.num_threads = 2  # threads that read ahead
 
     config.optimizer = ConfigDict()  # AdamW; no decay on norms, biases and gates

@@ -86,10 +86,10 @@ def verify(directory: Path) -> dict[str, Any]:
     for name in sorted(present.keys() - expected.keys()):
         raise DamageError("surplus-file", f"{name} was not part of it")
     for name, (size, digest) in sorted(expected.items()):
-        found = present[name].stat().st_size
-        if found != size:
-            raise DamageError("size", f"{name} has {found} bytes; it was committed with {size}")
         try:
+            found = present[name].stat().st_size
+            if found != size:
+                raise DamageError("size", f"{name} has {found} bytes; it was committed with {size}")
             with present[name].open("rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:

@@ -5,7 +5,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +21,33 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 
 Row = dict[str, Any]
 
+_RECENT = 1024
 
-def read_rows(path: Path) -> list[Row]:
-    """Rows of a metrics file in step order, one a step (the last written wins); damaged lines are left out."""
-    rows: dict[int, Row] = {}
+
+def iterate_rows(path: Path) -> Iterator[Row]:
+    """Rows of a metrics file, steps strictly increasing. Damaged lines and repeated steps are left out."""
+    last = 0
     try:
-        lines = path.read_bytes().split(b"\n")
+        file = path.open("rb")
     except FileNotFoundError:
-        return []
-    for line in lines:
-        try:
-            row = json.loads(line)
-            rows[int(row["step"])] = row
-        except (ValueError, TypeError, KeyError, RecursionError):
-            continue
-    return [rows[step] for step in sorted(rows)]
+        return
+    with file:
+        for line in file:
+            try:
+                row = json.loads(line)
+                step = row["step"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                continue
+            if isinstance(step, int) and step > last:
+                last = step
+                yield row
 
 
 class MetricsLog:
     """``metrics.jsonl`` and TensorBoard, continued after ``last_step``.
 
     Whatever was recorded of later steps is dropped, in one atomic replacement: those steps are
-    computed again. Non-finite numbers are written as null.
+    computed again. Non-finite numbers are written as null. ``recent`` holds the last rows from before.
     """
 
     def __init__(self, workdir: Path, last_step: int, *, tensorboard: bool) -> None:
@@ -52,10 +58,15 @@ class MetricsLog:
         """
         self.path = workdir / METRICS_FILE
         try:
-            self.rows = [row for row in read_rows(self.path) if 1 <= row["step"] <= last_step]
+            self.recent: deque[Row] = deque(maxlen=_RECENT)
+            self._count = 0
             part = self.path.with_suffix(".part")
             with part.open("wb") as file:
-                file.writelines(json.dumps(row).encode() + b"\n" for row in self.rows)
+                for row in iterate_rows(self.path):
+                    if row["step"] <= last_step:
+                        file.write(json.dumps(row).encode() + b"\n")
+                        self.recent.append(row)
+                        self._count += 1
                 file.flush()
                 os.fsync(file.fileno())
             part.replace(self.path)
@@ -66,8 +77,8 @@ class MetricsLog:
             raise self._failed(error) from None
 
     def missing_steps(self, last_step: int) -> int:
-        """How many steps up to ``last_step`` have no row (somebody changed the file)."""
-        return last_step - len(self.rows)
+        """How many steps up to ``last_step`` had no row when the record was opened (the file was changed)."""
+        return last_step - self._count
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Appends the row of one step.

@@ -43,6 +43,7 @@ class DataConfig:
     source: str
     paths: tuple[str, ...]
     weights: tuple[float, ...]
+    heldout_split: str
     num_threads: int
 
     def __post_init__(self) -> None:
@@ -121,9 +122,7 @@ class EvalConfig:
     sample_temperature: float
 
     def __post_init__(self) -> None:
-        _not_negative(
-            "eval.", self, "every_steps", "context_length", "sample_tokens", "sample_temperature"
-        )
+        _not_negative("eval.", self, "every_steps", "context_length", "sample_tokens", "sample_temperature")
         _positive("eval.", self, "num_batches", "global_batch_size")
 
 

@@ -4,7 +4,7 @@ The model names the axes of its parameters ("embed", "heads", ...) and knows not
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,13 +29,13 @@ RULES: Mapping[str, str | None] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, seq, tensor) over all devices.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh (data, fsdp, seq, tensor) over ``devices``, by default all.
 
     Raises:
       MeshError: if the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = jax.devices() if devices is None else list(devices)
     sizes = [config.data, config.fsdp, config.seq, config.tensor]
     others = math.prod(sizes[1:])
     if sizes[0] == -1:

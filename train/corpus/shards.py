@@ -13,7 +13,7 @@ from train.corpus.files import is_temporary, publish, sha256_file, temporary_pat
 from train.corpus.packing import Packer, token_dtype
 from train.corpus.plan import Options, ShardJob
 from train.corpus.readers import Text, read_documents
-from train.corpus.tokenizers import Tokenizer
+from train.corpus.tokenizers import TokenIds, Tokenizer
 
 # One record a group: a random read touches one record. Tokens hardly compress, reading speed counts.
 WRITER_OPTIONS = "group_size:1,uncompressed"
@@ -162,7 +162,7 @@ def _tokenized(
     tally: _Tally,
     threads: int,
     report: Callable[[Progress], None],
-) -> Iterator[tuple[Text, list[int]]]:
+) -> Iterator[tuple[Text, TokenIds]]:
     """Good documents with their token ids, tokenized about a mebibyte at a time."""
     batch: list[Text] = []
     size = consumed = defects = 0
@@ -171,7 +171,7 @@ def _tokenized(
         nonlocal consumed
         consumed += count
 
-    def encoded() -> Iterator[tuple[Text, list[int]]]:
+    def encoded() -> Iterator[tuple[Text, TokenIds]]:
         nonlocal batch, size, consumed, defects
         ids = tokenizer.encode_batch([text.text for text in batch], threads)
         report(Progress(consumed, size, len(batch), defects))
@@ -193,8 +193,8 @@ def _tokenized(
     yield from encoded()
 
 
-def _marked(ids: list[int], tokenizer: Tokenizer) -> np.ndarray:
+def _marked(ids: TokenIds, tokenizer: Tokenizer) -> np.ndarray:
     """The ids between the tokenizer's begin and end marks, as uint32."""
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    return np.array(begin + ids + end, np.uint32)
+    return np.concatenate([np.asarray(part, np.uint32) for part in (begin, ids, end)])

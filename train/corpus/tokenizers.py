@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import sentencepiece
 import tokenizers
 
 from train.corpus.errors import TokenizerError
 from train.corpus.files import sha256_bytes, to_json, write_atomically
 
+TokenIds = Sequence[int] | np.ndarray
 MARKS_FILE = "marks.json"
 _BOS_NAMES = ("<s>", "<|bos|>", "<bos>", "<|begin_of_text|>", "[BOS]")
 _EOS_NAMES = ("</s>", "<|eos|>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]")
@@ -40,7 +42,7 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]: ...
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> Sequence[TokenIds]: ...
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
@@ -60,8 +62,8 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
-        return [list(text.encode()) for text in texts]
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> Sequence[TokenIds]:
+        return [np.frombuffer(text.encode(), np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.decode_bytes(ids).decode(errors="replace")
@@ -95,7 +97,7 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> Sequence[TokenIds]:
         if threads == 1:  # the library's batch call starts a thread, whose memory is kept apart and grows
             return [self._processor.encode(text) for text in texts]
         return self._processor.encode(list(texts), num_threads=threads)
@@ -148,7 +150,7 @@ class JsonTokenizer:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], threads: int = 1) -> Sequence[TokenIds]:
         encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 

@@ -1,0 +1,235 @@
+"""Runs in a child process, with faults on order: deaths, poisoned batches, stalls.
+
+The processes come from a fork server that has imported everything but started no device.
+"""
+
+import contextlib
+import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import train.checkpoint
+import train.loop
+import train.metrics
+from tests.train.common import micro_config
+from train.errors import EXIT_PREEMPTED, TrainError
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["tests.train.child"])
+LOG = "child.log"
+
+
+def start(workdir: Path, overrides: dict[str, Any] | None = None, **faults: Any) -> Any:
+    """Starts a micro run on one device in ``workdir``; its output goes to ``workdir``.log."""
+    process = _PROCESSES.Process(target=_main, args=(workdir, overrides or {}, faults))
+    process.start()
+    return process
+
+
+def run(
+    workdir: Path, overrides: dict[str, Any] | None = None, *, timeout: float = 300, **faults: Any
+) -> int:
+    """Runs to the end; returns the exit code (negative: the signal that killed it)."""
+    process = start(workdir, overrides, **faults)
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        raise TimeoutError(f"the child did not end in {timeout} s:\n{output(workdir)}")
+    return process.exitcode
+
+
+def output(workdir: Path) -> str:
+    """What the children in ``workdir`` have printed so far."""
+    path = workdir.with_suffix(".log")
+    return path.read_text() if path.exists() else ""
+
+
+def _main(workdir: Path, overrides: dict[str, Any], faults: dict[str, Any]) -> None:
+    with open(workdir.with_suffix(".log"), "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    with contextlib.ExitStack() as stack:
+        for name, value in faults.items():
+            stack.enter_context(FAULTS[name](value))
+        try:
+            result = train.loop.train(micro_config(**overrides), workdir, devices=jax.devices()[:1])
+        except TrainError as error:
+            print(f"train: {error}", file=sys.stderr, flush=True)
+            sys.exit(error.exit_code)
+    sys.exit(EXIT_PREEMPTED if result.stopped_by else 0)
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _replaced(place: Any, name: str, make: Any) -> Iterator[None]:
+    original = getattr(place, name)
+    setattr(place, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(place, name, original)
+
+
+def die_after_row(step: int) -> Any:
+    """Dies as soon as the row of ``step`` is on file."""
+
+    def make(write: Any) -> Any:
+        def wrapped(self: Any, row: Any) -> None:
+            write(self, row)
+            if row["step"] == step:
+                _die()
+
+        return wrapped
+
+    return _replaced(train.metrics.MetricsLog, "write", make)
+
+
+def die_before_manifest(step: int) -> Any:
+    """Dies when orbax has committed ``step`` and only the manifest is missing."""
+
+    def make(write_manifest: Any) -> Any:
+        def wrapped(directory: Path, record: dict[str, Any]) -> None:
+            if record["step"] == step:
+                _die()
+            write_manifest(directory, record)
+
+        return wrapped
+
+    return _replaced(train.checkpoint, "write_manifest", make)
+
+
+def die_in_save(when: tuple[int, float]) -> Any:
+    """Dies some seconds after the save of a step began."""
+    step, seconds = when
+
+    def make(save: Any) -> Any:
+        def wrapped(self: Any, at: int, *args: Any, **kwargs: Any) -> None:
+            if at == step:
+                threading.Thread(target=lambda: (time.sleep(seconds), _die()), daemon=True).start()
+            save(self, at, *args, **kwargs)
+
+        return wrapped
+
+    return _replaced(train.checkpoint.CheckpointStore, "save", make)
+
+
+def stall(phase: str) -> Any:
+    """Hangs where the third batch is put on the device, or in the save of step 12."""
+
+    def make(original: Any) -> Any:
+        calls = []
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if args[1] == 12 if phase == "save" else len(calls) == 3:
+                time.sleep(600)
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    place = {"data": (train.loop, "put_batch"), "save": (train.checkpoint.CheckpointStore, "save")}[phase]
+    return _replaced(*place, make)
+
+
+def slow(seconds: float) -> Any:
+    """Makes every step last that much longer."""
+
+    def make(put_batch: Any) -> Any:
+        def wrapped(*args: Any) -> Any:
+            time.sleep(seconds)
+            return put_batch(*args)
+
+        return wrapped
+
+    return _replaced(train.loop, "put_batch", make)
+
+
+POISON = 63
+
+
+@functools.lru_cache(maxsize=8)
+def _build_poisoned(*key: Any) -> Any:
+    """``train.loop.build`` with a loss that is NaN for batches in which a row begins with POISON."""
+
+    def make_loss(model_functions: Any) -> Any:
+        def wrapped(config: Any) -> Any:
+            functions = model_functions(config)
+
+            def loss(params: Any, tokens: Any, segment_ids: Any, key: Any) -> Any:
+                total, count = functions.loss(params, tokens, segment_ids, key)
+                bad = jax.numpy.any(tokens[:, 0] == POISON)
+                return jax.numpy.where(bad, jax.numpy.nan, 1.0) * total, count
+
+            return functions._replace(loss=loss)
+
+        return wrapped
+
+    with _replaced(train.loop, "model_functions", make_loss):
+        return _build(*key)
+
+
+_build = train.loop.build.__wrapped__
+
+
+@contextlib.contextmanager
+def poison(batches: list[int]) -> Iterator[None]:
+    """Makes the loss of the batches with these numbers NaN, wherever in the run they come."""
+
+    def make_put(put_batch: Any) -> Any:
+        def wrapped(batch: Any, parts: int, sharding: Any) -> Any:
+            tokens = batch["tokens"].copy()
+            tokens[:, 0] = POISON if batch.get("number") in batches else 0
+            return put_batch(batch | {"tokens": tokens}, parts, sharding)
+
+        return wrapped
+
+    def make_loader(make: Any) -> Any:
+        return lambda *args, **kwargs: _Numbered(make(*args, **kwargs))
+
+    with (
+        _replaced(train.loop, "build", lambda build: _build_poisoned),
+        _replaced(train.loop, "put_batch", make_put),
+        _replaced(train.loop, "make_loader", make_loader),
+    ):
+        yield
+
+
+class _Numbered:
+    """A loader whose batches carry their number."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    @property
+    def step(self) -> int:
+        return self._loader.step
+
+    def __next__(self) -> Any:
+        number = self._loader.step
+        return next(self._loader) | {"number": number}
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+FAULTS = {
+    "die_after_row": die_after_row,
+    "die_before_manifest": die_before_manifest,
+    "die_in_save": die_in_save,
+    "poison": poison,
+    "slow": slow,
+    "stall": stall,
+}

@@ -1,0 +1,383 @@
+"""Training, top to bottom: mesh, data, model, sharding, restore, step, evaluation, save."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from holo_jax.config import HoloConfig
+from holo_jax.model import count_parameters
+from train.checkpoint import CheckpointStore
+from train.corpus.dataset import Record
+from train.data import Loader, make_loader
+from train.decisions import Rollback, append_rollback, batch_of_step, before, read_rollbacks
+from train.errors import DivergedError, StorageError
+from train.evaluate import check_heldout, heldout_batches, mean_loss
+from train.inputs import Inputs, open_inputs
+from train.lock import RunLock
+from train.metrics import MetricsLog
+from train.model_functions import ModelFunctions, model_functions
+from train.optimizer import learning_rate_schedule, make_optimizer
+from train.preemption import StopRequest, stop_on_signals
+from train.progress import ProgressDisplay
+from train.resume import CHECKPOINT_DIRECTORY, check_identity, restore_newest, write_identity
+from train.run_config import OptimizerConfig, RunConfig
+from train.sharding import batch_sharding, check_batch, make_mesh, put_batch, replicated
+from train.spikes import SpikeDetector
+from train.step import StepFunctions, StepMetrics, TrainState, make_step_functions
+from train.summary import summarize
+from train.watchdog import Watchdog
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a call of ``train`` ended.
+
+    Attributes:
+      step: steps done.
+      stopped_by: name of the signal that stopped it early, "" if it finished.
+      summary: what ``summary.json`` holds; empty if it was stopped.
+    """
+
+    step: int
+    stopped_by: str
+    summary: dict[str, Any]
+
+
+def train(
+    config: RunConfig,
+    workdir: Path,
+    *,
+    accept: Collection[str] = (),
+    devices: Sequence[jax.Device] | None = None,
+    stop: StopRequest | None = None,
+    display: ProgressDisplay | None = None,
+) -> Result:
+    """Trains until ``config.num_steps``, from where ``workdir`` stands.
+
+    Args:
+      config: the run.
+      workdir: run directory; created if it does not exist.
+      accept: names of configuration fields or sections that may differ from the run's.
+      devices: all by default.
+      stop: set it to stop after the current step; signals set it too.
+      display: what a person sees.
+
+    Raises:
+      UsageError: before anything is written, if configuration, data, mesh and run directory do not fit.
+      TrainError: if the run cannot go on; what was committed is intact.
+    """
+    watchdog = Watchdog(config.watchdog)
+    watchdog.arm("startup")
+    try:
+        mesh = make_mesh(config.mesh, devices)
+        check_batch(mesh, config.global_batch_size, config.accumulation_steps, config.context_length)
+        inputs = open_inputs(config)
+        check_heldout(inputs.heldout, config.eval.num_batches, config.eval.global_batch_size)
+        check_batch(mesh, config.eval.global_batch_size, 1, inputs.heldout.context_length)
+        functions, steps = build(config.model, config.optimizer, config.num_steps, mesh)
+        changes = check_identity(workdir, config, inputs.identity, accept)
+
+        if display is None:
+            display = ProgressDisplay(config.num_steps, config.tokens_per_step, config.log.every_steps)
+        if stop is None:
+            stop = StopRequest()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(stop_on_signals(stop))
+            run = _open_run(stack, config, workdir, mesh, inputs, functions, steps, watchdog, display, stop)
+            for change in changes:
+                display.message(f"accepted change of {change}")
+            return _run(run)
+    finally:
+        watchdog.disarm()
+
+
+@functools.lru_cache(maxsize=8)
+def build(
+    model: HoloConfig, optimizer: OptimizerConfig, num_steps: int, mesh: Mesh
+) -> tuple[ModelFunctions, StepFunctions]:
+    """The model and its jitted steps; the same objects, compiled once, for the same arguments."""
+    functions = model_functions(model)
+    schedule = learning_rate_schedule(optimizer, num_steps)
+    update = make_optimizer(optimizer, num_steps, functions.axes)
+    return functions, make_step_functions(functions, update, schedule, mesh)
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the stages of one call of ``train`` share."""
+
+    config: RunConfig
+    workdir: Path
+    mesh: Mesh
+    inputs: Inputs
+    functions: ModelFunctions
+    steps: StepFunctions
+    watchdog: Watchdog
+    display: ProgressDisplay
+    stop: StopRequest
+    lock: RunLock
+    store: CheckpointStore
+    rollbacks: list[Rollback]
+
+
+class _RollbackNeeded(Exception):
+    """Too many steps in a row were skipped; ``step`` is the last of them."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
+
+
+def _open_run(
+    stack: contextlib.ExitStack,
+    config: RunConfig,
+    workdir: Path,
+    mesh: Mesh,
+    inputs: Inputs,
+    functions: ModelFunctions,
+    steps: StepFunctions,
+    watchdog: Watchdog,
+    display: ProgressDisplay,
+    stop: StopRequest,
+) -> _Run:
+    """Takes the run directory: lock, configuration, checkpoints."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(workdir)
+        stack.callback(lock.close)
+        write_identity(workdir, config, inputs.identity)
+    except OSError as error:
+        raise StorageError(f"{workdir} cannot be written: {error.strerror}") from None
+    store = CheckpointStore(
+        workdir / CHECKPOINT_DIRECTORY,
+        config.checkpoint,
+        lambda entry: display.message(f"checkpoint {entry.step} put aside as {entry.path}: {entry.reason}"),
+    )
+    stack.callback(store.close)
+    stack.callback(display.close)
+    rollbacks = read_rollbacks(workdir)
+    return _Run(
+        config, workdir, mesh, inputs, functions, steps, watchdog, display, stop, lock, store, rollbacks
+    )
+
+
+def _run(run: _Run) -> Result:
+    """Restores and trains, as often as a rollback asks for it; then sums up."""
+    while True:
+        state = _start(run)
+        step = int(state.step)
+        log = MetricsLog(run.workdir, step, tensorboard=run.config.log.tensorboard)
+        if missing := log.missing_steps(step):
+            run.display.message(f"warning: {log.path} lacks {missing} of the first {step} steps")
+        try:
+            state = _train_steps(run, state, log)
+            break
+        except _RollbackNeeded as needed:
+            _decide_rollback(run, needed.step)
+        finally:
+            log.close()
+    step = int(state.step)
+    run.watchdog.arm("save")
+    run.store.wait()
+    if run.stop and step < run.config.num_steps:
+        run.display.message(f"stopped by {run.stop.signal_name} after step {step}; start again to go on")
+        return Result(step, run.stop.signal_name, {})
+    run.watchdog.disarm()
+    run.display.close()
+    summary = summarize(
+        run.config,
+        run.workdir,
+        run.inputs,
+        run.functions,
+        run.steps,
+        run.mesh,
+        state.params,
+        run.display.message,
+    )
+    return Result(step, "", summary)
+
+
+def _start(run: _Run) -> TrainState:
+    """The state to go on from: the newest good checkpoint, or a new one, committed as step 0."""
+    run.watchdog.arm("startup")
+    steps = run.steps
+    restored = restore_newest(run.workdir, run.store, run.rollbacks, steps.shapes, steps.shardings)
+    if restored is not None:
+        run.display.message(f"going on from checkpoint {restored.step} in {run.workdir}")
+        return restored.state
+    parameters = count_parameters(steps.shapes.params)
+    run.display.message(f"new run in {run.workdir}: {parameters:,} parameters on {run.mesh.size} device(s)")
+    seed = np.asarray(jax.random.key_data(jax.random.key(run.config.seed, impl="threefry2x32")))
+    state = steps.init(jax.device_put(seed, replicated(run.mesh)))
+    run.store.save(0, state, _meta(run, 0, 0))
+    run.store.wait()
+    return state
+
+
+def _train_steps(run: _Run, state: TrainState, log: MetricsLog) -> TrainState:
+    """Steps until the end or a stop, with evaluations and checkpoints on the way."""
+    config, steps, rows_at = run.config, run.steps, batch_sharding(run.mesh)
+    first = int(state.step)
+    recorder = _Recorder(run, log)
+    run.display.start(first)
+    save_owed = False
+    with contextlib.ExitStack() as stack:
+        loader = stack.enter_context(contextlib.closing(_loader(run, first)))
+        for step in range(first, config.num_steps):
+            if loader.step != batch_of_step(step, run.rollbacks):
+                loader = stack.enter_context(contextlib.closing(_loader(run, step)))
+            number = loader.step
+            run.watchdog.arm("startup" if step == first else "step")
+            batch = put_batch(next(loader), config.accumulation_steps, rows_at)
+            with jax.transfer_guard("disallow"):
+                state, metrics = steps.train(state, batch)
+            # The device works on this step while the host records the one before.
+            recorder.flush()
+            recorder.pending = (step + 1, number, metrics)
+
+            done, last = step + 1, step + 1 == config.num_steps
+            extra = {}
+            if last or (config.eval.every_steps and done % config.eval.every_steps == 0):
+                extra["heldout_loss"] = _heldout_loss(run, state)
+            save_owed = save_owed or done % config.checkpoint.every_steps == 0
+            if extra or save_owed or last or run.stop:
+                nonfinite_run = recorder.flush(extra)
+                # In a run of skipped steps a periodic save waits, so that there is a state from before it.
+                if last or run.stop or (save_owed and not nonfinite_run):
+                    _save(run, state, done, nonfinite_run, extra.get("heldout_loss"), log)
+                    save_owed = False
+            run.store.check()
+            run.lock.check()
+            if run.stop:
+                break
+    return state
+
+
+class _Recorder:
+    """Fetches the metrics of the last step, one step late, and records them."""
+
+    def __init__(self, run: _Run, log: MetricsLog) -> None:
+        self._run, self._log = run, log
+        self._spikes = SpikeDetector(run.config.guard)
+        for row in log.recent:
+            self._observe(row)
+        self._since = time.monotonic()
+        self.pending: tuple[int, int, StepMetrics] | None = None
+
+    def flush(self, extra: dict[str, float] | None = None) -> int:
+        """Records the pending step, if any; returns how many steps in a row were skipped by then."""
+        if self.pending is None:
+            return 0
+        done, number, on_device = self.pending
+        self.pending = None
+        metrics = jax.device_get(on_device)
+        now = time.monotonic()
+        row = {
+            "step": done,
+            "batch": number,
+            "loss": float(metrics.loss),
+            "grad_norm": float(metrics.grad_norm),
+            "learning_rate": float(metrics.learning_rate),
+            "num_targets": int(metrics.num_targets),
+            "skipped": int(metrics.skipped),
+            "seconds": round(now - self._since, 6),
+        }
+        self._since = now
+        row |= extra or {}
+        self._log.write(row)
+        self._run.display.update(row)
+        if warning := self._observe(row):
+            self._run.display.message(f"warning: {warning}")
+        if row["skipped"]:
+            self._run.display.message(f"warning: step {done} (batch {number}) was not finite; it was skipped")
+        if metrics.nonfinite_run >= self._run.config.guard.max_nonfinite_steps:
+            raise _RollbackNeeded(done)
+        return int(metrics.nonfinite_run)
+
+    def _observe(self, row: dict[str, Any]) -> str | None:
+        loss = row["loss"]
+        return self._spikes.observe(row["step"], row["batch"], float("nan") if loss is None else loss)
+
+
+def _loader(run: _Run, step: int) -> Loader:
+    """Batches from the one that the step after ``step`` done ones reads."""
+    return make_loader(
+        run.inputs.train,
+        seed=run.config.seed,
+        global_batch_size=run.config.global_batch_size,
+        start_step=batch_of_step(step, run.rollbacks),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        num_threads=run.config.data.num_threads,
+    )
+
+
+def _heldout_loss(run: _Run, state: TrainState) -> float:
+    evaluation = run.config.eval
+
+    def batches() -> Iterator[Record]:
+        for batch in heldout_batches(
+            run.inputs.heldout, evaluation.num_batches, evaluation.global_batch_size
+        ):
+            run.watchdog.arm("step")
+            yield batch
+
+    return mean_loss(run.steps.evaluate, state.params, batches(), batch_sharding(run.mesh))
+
+
+def _meta(run: _Run, step: int, nonfinite_run: int) -> dict[str, Any]:
+    """What a checkpoint says besides its arrays."""
+    return {
+        "config": run.config.to_dict(),
+        "data": run.inputs.identity,
+        "next_batch": batch_of_step(step, run.rollbacks),
+        "rollbacks": before(step, run.rollbacks),
+        "nonfinite_run": nonfinite_run,
+    }
+
+
+def _save(
+    run: _Run, state: TrainState, step: int, nonfinite_run: int, metric: float | None, log: MetricsLog
+) -> None:
+    """Starts saving a checkpoint; the record of the steps it covers is on disk before it can be committed."""
+    run.watchdog.arm("save")
+    log.sync()
+    run.lock.check_present()
+    run.store.save(step, state, _meta(run, step, nonfinite_run), metric)
+
+
+def _decide_rollback(run: _Run, at_step: int) -> None:
+    """Goes back to the last checkpoint before the run of skipped steps, leaving out the data since then.
+
+    Raises:
+      DivergedError: if the allowed number of rollbacks is used up.
+    """
+    guard = run.config.guard
+    reason = f"{guard.max_nonfinite_steps} non-finite steps in a row up to step {at_step}"
+    if len(run.rollbacks) >= guard.max_rollbacks:
+        raise DivergedError(
+            f"{reason}, and {len(run.rollbacks)} rollback(s) did not help; lower optimizer.learning_rate "
+            "or look at the data of these batches"
+        )
+    run.watchdog.arm("save")
+    run.store.wait()
+    for step in run.store.candidates():
+        if step <= at_step - guard.max_nonfinite_steps and not run.store.read_meta(step)["nonfinite_run"]:
+            break
+    else:
+        raise DivergedError(f"{reason}, and no checkpoint from before them is left to go back to")
+    rollback = Rollback(step, batch_of_step(at_step, run.rollbacks), at_step, reason)
+    append_rollback(run.workdir, rollback)
+    run.rollbacks.append(rollback)
+    run.display.message(
+        f"rollback: {reason}; back to checkpoint {step}, going on with batch {rollback.batch} "
+        f"({len(run.rollbacks)} of {guard.max_rollbacks})"
+    )

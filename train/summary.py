@@ -1,0 +1,108 @@
+"""The end of a run: held-out bits per byte beside gzip and xz, the loss curve, a sample, what is next."""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from holo_jax.model import count_parameters
+from train.evaluate import bits_per_byte, compressor_bits_per_byte
+from train.inputs import Inputs
+from train.metrics import METRICS_FILE, iterate_rows
+from train.model_functions import ModelFunctions, Params
+from train.plots import LOSS_FILE, plot_loss
+from train.run_config import RunConfig
+from train.sample import sample_tokens
+from train.sharding import batch_sharding
+from train.step import StepFunctions
+
+SUMMARY_FILE = "summary.json"
+
+
+def summarize(
+    config: RunConfig,
+    workdir: Path,
+    inputs: Inputs,
+    functions: ModelFunctions,
+    steps: StepFunctions,
+    mesh: Mesh,
+    params: Params,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Writes ``summary.json`` and ``loss.png`` and tells the outcome.
+
+    Returns:
+      What ``summary.json`` holds: ``params``, ``steps``, ``tokens``, ``loss`` (mean of the last steps),
+      ``heldout_loss`` (nats per token, last evaluation), ``tokens_per_second`` (of the median step), and with
+      ``config.eval.heldout_summary`` ``heldout_bits_per_byte``, ``gzip_bits_per_byte``,
+      ``xz_bits_per_byte``, ``heldout_bytes``.
+    """
+    rows = list(iterate_rows(workdir / METRICS_FILE))
+    losses = [row["loss"] for row in rows[-50:] if row["loss"] is not None]
+    evaluated = [row["heldout_loss"] for row in rows if row.get("heldout_loss") is not None]
+    summary: dict[str, Any] = {
+        "params": count_parameters(params),
+        "steps": config.num_steps,
+        "tokens": config.num_steps * config.tokens_per_step,
+        "loss": statistics.fmean(losses) if losses else None,
+        "heldout_loss": evaluated[-1] if evaluated else None,
+        "tokens_per_second": _tokens_per_second(config, rows),
+    }
+    if config.eval.heldout_summary:
+        summary |= _heldout_summary(config, inputs, steps, mesh, params)
+        say(
+            f"held out: {summary['heldout_bits_per_byte']:.3f} bits per byte "
+            f"(gzip -9: {summary['gzip_bits_per_byte']:.3f}, xz -9: {summary['xz_bits_per_byte']:.3f}) "
+            f"on {summary['heldout_bytes']:,} bytes"
+        )
+    plot_loss(rows, workdir / LOSS_FILE, f"{config.name}: {summary['params']:,} parameters")
+    part = (workdir / SUMMARY_FILE).with_suffix(".part")
+    part.write_text(json.dumps(summary, indent=2) + "\n")
+    part.replace(workdir / SUMMARY_FILE)
+    if config.eval.sample_tokens:
+        say(f"sample:\n{_sample(config, inputs, functions, params)}")
+    say(
+        f"in {workdir}: {SUMMARY_FILE}, {LOSS_FILE}, {METRICS_FILE}, config.json, checkpoints/, tensorboard/"
+    )
+    return summary
+
+
+def _heldout_summary(
+    config: RunConfig, inputs: Inputs, steps: StepFunctions, mesh: Mesh, params: Params
+) -> dict[str, Any]:
+    documents = list(inputs.heldout_documents())
+    bits = bits_per_byte(
+        steps.evaluate,
+        params,
+        documents,
+        inputs.heldout.context_length,
+        config.eval.global_batch_size,
+        batch_sharding(mesh),
+    )
+    size = sum(document.text_bytes for document in documents)
+    return {"heldout_bits_per_byte": bits, **compressor_bits_per_byte(documents), "heldout_bytes": size}
+
+
+def _tokens_per_second(config: RunConfig, rows: list[dict[str, Any]]) -> float | None:
+    seconds = [row["seconds"] for row in rows if row["seconds"] > 0]
+    return round(config.tokens_per_step / statistics.median(seconds), 1) if seconds else None
+
+
+def _sample(config: RunConfig, inputs: Inputs, functions: ModelFunctions, params: Params) -> str:
+    tokenizer = inputs.tokenizer
+    assert tokenizer is not None  # open_inputs checks it
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    prompt = [*begin, *tokenizer.encode(config.eval.sample_prompt)]
+    drawn = sample_tokens(
+        functions,
+        params,
+        prompt,
+        config.eval.sample_tokens,
+        vocab_size=tokenizer.vocab_size,
+        temperature=config.eval.sample_temperature,
+        seed=config.seed,
+    )
+    return tokenizer.decode([*prompt, *drawn])
