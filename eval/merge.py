@@ -1,0 +1,95 @@
+"""Joins results of one evaluation whose models were run apart: ``python -m eval.merge RUN... --out=DIR``.
+
+The runs must have the same evaluation, device, versions and settings, but for which models were selected;
+no number may appear twice with different values. The joined file names every command and commit.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from eval import plots
+from eval.registry import view_of
+from eval.results import Results, write_atomically
+
+_FREE = ("select",)  # settings that may differ
+
+
+def merge(runs: Sequence[Results]) -> Results:
+    """One result with the values of all runs.
+
+    Raises:
+      ValueError: for no runs, runs that are not comparable, or contradicting values.
+    """
+    if not runs:
+        raise ValueError("no runs were given")
+    first = runs[0]
+    for run in runs[1:]:
+        for name in ("evaluation", "device", "versions"):
+            if getattr(run, name) != getattr(first, name):
+                raise ValueError(
+                    f"the runs differ in {name}: {getattr(first, name)} and {getattr(run, name)}"
+                )
+        for name in first.settings.keys() | run.settings.keys():
+            if name not in _FREE and first.settings.get(name) != run.settings.get(name):
+                raise ValueError(f"the runs differ in the setting {name}; they are not comparable")
+    values = {}
+    for run in runs:
+        for value in run.values:
+            key = (value.metric, value.source, tuple(sorted(value.where.items())))
+            if key in values and values[key] != value:
+                raise ValueError(f"two values for {value.metric} at {dict(value.where)}: run it once")
+            values[key] = value
+    settings = dict(first.settings)
+    for name in _FREE:
+        if name in settings:
+            settings[name] = tuple(dict.fromkeys(entry for run in runs for entry in run.settings[name]))
+    notes = list(dict.fromkeys(note for run in runs for note in run.notes))
+    return Results(
+        evaluation=first.evaluation,
+        settings=settings,
+        seeds=first.seeds,
+        values=tuple(values.values()),
+        notes=tuple(notes),
+        command=" && ".join(dict.fromkeys(run.command for run in runs)),
+        device=first.device,
+        versions=first.versions,
+        commit=", ".join(dict.fromkeys(run.commit for run in runs)),
+        started=min(run.started for run in runs),
+        seconds=round(sum(run.seconds for run in runs), 1),
+    )
+
+
+def draw(results: Results, out: Path) -> None:
+    """Writes results, plots and table to a directory, as the evaluation itself would."""
+    view = view_of(results.evaluation)
+    results.write(out)
+    for stem, figure in view.figures(results, "light").items():
+        plots.save(figure, out / f"{stem}.png")
+    write_atomically(out / "table.md", view.table(results) + "\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs from the command line; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    outs = [a.removeprefix("--out=") for a in arguments if a.startswith("--out=")]
+    runs = [a for a in arguments if not a.startswith("--")]
+    unknown = [a for a in arguments if a.startswith("--") and not a.startswith("--out=")]
+    if unknown or len(outs) != 1 or not runs:
+        print(
+            f"{__doc__}\neval.merge: give one --out=DIR and at least one run; unknown: {unknown}",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        results = merge([Results.read(Path(run)) for run in runs])
+    except (OSError, ValueError, TypeError) as error:
+        print(f"eval.merge: {error}", file=sys.stderr)
+        return 2
+    draw(results, Path(outs[0]))
+    print(f"{outs[0]}: {len(results.values)} values of {len(runs)} runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
