@@ -10,12 +10,10 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from train.errors import EXIT_PREEMPTED, EXIT_USAGE, TrainError, UsageError
+from train.errors import EXIT_PREEMPTED, TrainError, UsageError
 from train.run_config import RunConfig
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Configuration file; fields by --config.FIELD=VALUE."
-)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration; fields by --config.FIELD=VALUE.")
 _RESUME = flags.DEFINE_string("resume", None, "Run directory to go on with, from its own config.json.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Run directory; runs/NAME by default.")
 _ACCEPT = flags.DEFINE_list(
@@ -25,53 +23,39 @@ _ACCEPT = flags.DEFINE_list(
 
 def _parse(arguments: list[str]) -> list[str]:
     try:
-        rest = flags.FLAGS(arguments)
-        if rest[1:]:
-            raise UsageError(f"{rest[1]} is not expected; every argument is a --flag=value")
-    except (
-        flags.Error,
-        UsageError,
-        AttributeError,
-        KeyError,
-        OSError,
-        SyntaxError,
-        TypeError,
-        ValueError,
-    ) as error:
-        _leave(error, EXIT_USAGE)
-    return rest
+        return flags.FLAGS(arguments)
+    except (flags.Error, AttributeError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
+        # ml_collections nests the text of one KeyError in another, which quotes it twice.
+        raise UsageError(str(error).replace("\\n", ": ").translate({92: None, 39: None})) from error
 
 
-def _leave(error: BaseException, code: int) -> None:
-    print(f"train.main: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-    sys.exit(code)
+def _request(rest: list[str]) -> tuple[RunConfig, Path]:
+    resume, workdir = _RESUME.value, _WORKDIR.value
+    if rest:
+        raise UsageError(f"{rest[0]} is not expected; every argument is a --flag=value")
+    if (resume is None) == (_CONFIG.value is None) or (resume and workdir):
+        raise UsageError("give either --config=configs/NAME.py [--workdir=RUN], or --resume=RUN alone")
+    if resume is not None:
+        return RunConfig.read(Path(resume)), Path(resume)
+    try:
+        config = RunConfig.from_dict(_CONFIG.value.to_dict())
+    except OSError as error:  # ml_collections reports a missing file at the first use
+        raise UsageError(error) from error
+    return config, Path(workdir or Path("runs") / config.name)
 
 
-def _request() -> tuple[RunConfig, Path]:
-    """The configuration and the run directory asked for."""
-    if (_RESUME.value is None) == (_CONFIG.value is None):
-        raise UsageError("give either --config=configs/NAME.py or --resume=RUN")
-    if _RESUME.value is not None:
-        if _WORKDIR.value is not None:
-            raise UsageError("--workdir does not go with --resume, which names the run directory itself")
-        return RunConfig.read(Path(_RESUME.value)), Path(_RESUME.value)
-    config = RunConfig.from_dict(_CONFIG.value.to_dict())
-    return config, Path(_WORKDIR.value or Path("runs") / config.name)
-
-
-def main(_: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     """Runs the training asked for and exits with the codes of ``train.errors``."""
     logging.set_verbosity(logging.WARNING)
-    try:
-        config, workdir = _request()
-        from train.loop import train  # after the flags: importing jax takes seconds
+    config, workdir = _request(arguments[1:])
+    from train.loop import train  # after the flags: a typo is answered without waiting for imports
 
-        result = train(config, workdir, accept=_ACCEPT.value)
-    except TrainError as error:
-        _leave(error, error.exit_code)
-    if result.stopped_by:
-        sys.exit(EXIT_PREEMPTED)
+    sys.exit(EXIT_PREEMPTED if train(config, workdir, accept=_ACCEPT.value).stopped_by else 0)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    try:
+        app.run(main, flags_parser=_parse)
+    except TrainError as failure:
+        print(f"train.main: {' '.join(str(failure).split())}", file=sys.stderr)
+        sys.exit(failure.exit_code)
