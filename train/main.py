@@ -1,5 +1,4 @@
 """The command line of training. It parses flags and hands over to ``train.loop``.
-
 python -m train.main --config=configs/quickstart.py [--config.num_steps=500] [--workdir=runs/mine]
 python -m train.main --resume=runs/mine
 """
