@@ -12,7 +12,7 @@ from eval import plots
 from eval.registry import view_of
 from eval.results import Results, write_atomically
 
-_FREE = ("select",)  # settings that may differ
+_FREE = ("select", "sections")  # settings that may differ
 
 
 def merge(runs: Sequence[Results]) -> Results:

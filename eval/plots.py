@@ -132,14 +132,19 @@ def log_ticks(axis, which: str, ticks: Sequence[float], base: int = 2) -> None:
 def line(
     axis, values: Sequence[Value], x: str, *, label: str, colour: str, marker: str = "o", **options
 ) -> None:
-    """Draws values over ``where[x]`` with their intervals as a band; absent ones are crosses on the axis."""
+    """Draws values over ``where[x]`` with their intervals (a band, or bars without a line); absent ones are crosses."""
     present = sorted((v for v in values if v.status == "ok"), key=lambda v: v.where[x])
     xs = [v.where[x] for v in present]
-    axis.plot(xs, [v.value for v in present], label=label, color=colour, marker=marker, **options)
-    if present and all(v.low is not None for v in present):
-        axis.fill_between(
-            xs, [v.low for v in present], [v.high for v in present], color=colour, alpha=0.18, lw=0
-        )
+    ys = [v.value for v in present]
+    ranged = bool(present) and all(v.low is not None for v in present)
+    if ranged and options.get("ls") == "none":
+        spread = [[v.value - v.low for v in present], [v.high - v.value for v in present]]
+        axis.errorbar(xs, ys, yerr=spread, label=label, color=colour, marker=marker, capsize=2.5, **options)
+    else:
+        axis.plot(xs, ys, label=label, color=colour, marker=marker, **options)
+        if ranged:
+            lows, highs = [v.low for v in present], [v.high for v in present]
+            axis.fill_between(xs, lows, highs, color=colour, alpha=0.18, lw=0)
     for value in values:
         if value.status != "ok":
             axis.plot([value.where[x]], [0], marker="x", ms=9, mew=2, color=colour, clip_on=False, zorder=5)

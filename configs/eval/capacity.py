@@ -31,13 +31,13 @@ _VARIANTS = {
         rule_vocabulary=1024,
         rule_memories=32,
         decoder_dimensions=(512, 2048, 8192),
-        decoder_pairs=(1, 2, 4, 8, 16, 32),
+        decoder_pairs=(1, 2, 4, 8, 16),
         decoder_channels=64,
         decoder_words=256,
         decoder_samples=32_768,
-        decoder_steps=6000,
-        decoder_batch=512,
-        decoder_rates=(1e-3, 3e-3, 1e-2),
+        decoder_steps=3000,
+        decoder_batch=256,
+        decoder_rates=(1e-3, 4e-3),
         target_mse=0.005,  # the published claim
     ),
     "quick": dict(
