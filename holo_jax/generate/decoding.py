@@ -1,0 +1,257 @@
+"""Generating tokens: a compiled loop over a block of tokens, and the call that runs blocks until done."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from holo_jax.array_types import Array, Bool, Float, Int, UInt32
+from holo_jax.generate.checks import (
+    Row,
+    as_count,
+    as_rows,
+    as_seeds,
+    check_batch,
+    check_ids,
+    check_room,
+)
+from holo_jax.generate.forms import decoding_form, is_split, split_state, stack_state
+from holo_jax.generate.reading import PIECE_SIZE, Reading, init_state, next_logits, prefill, read
+from holo_jax.generate.sampling import Plan, Sampling, SamplingNumbers, sample
+from holo_jax.model import HoloForCausalLM, ModelState, positional_turns
+
+BLOCK_SIZE = 64
+NONE = -1  # in place of a token: the row was finished
+
+Callback = Callable[[list[list[int]]], None]
+
+
+class Decoding(NamedTuple):
+    """What the loop carries.
+
+    Attributes:
+      logits: of each row's next token [b, v].
+      state: after everything read, split over periods.
+      remaining: tokens that each row may still generate; 0 once it is finished.
+      seen: tokens that the repetition penalty applies to [b, v], or None without one.
+    """
+
+    logits: Float[Array, "b v"]
+    state: ModelState
+    remaining: Int[Array, "b"]
+    seen: Bool[Array, "b v"] | None
+
+
+class DecodingInputs(NamedTuple):
+    """What the loop is given and does not change.
+
+    Attributes:
+      numbers: of the sampling.
+      seeds: one a row.
+      stop_tokens: ids that end a row [s]; s may be 0.
+      allowed: number of ids that may be drawn, from 0.
+    """
+
+    numbers: SamplingNumbers
+    seeds: UInt32[Array, "b"]
+    stop_tokens: Int[Array, "s"]
+    allowed: Int[Array, ""]
+
+
+class Generated(NamedTuple):
+    """The result of ``generate``.
+
+    Attributes:
+      tokens: the ids generated for each row, a stop token included.
+      stopped: for each row, whether a stop token ended it.
+      logits, state: after the prompt and all of ``tokens``; to go on from.
+      seen: for the repetition penalty of a call that goes on from here; None without one.
+    """
+
+    tokens: list[list[int]]
+    stopped: list[bool]
+    logits: Float[Array, "b v"]
+    state: ModelState
+    seen: Bool[Array, "b v"] | None
+
+
+def generate(
+    model: HoloForCausalLM,
+    prompts: Any = None,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop_tokens: Sequence[int] = (),
+    seeds: int | Sequence[int] = 0,
+    state: ModelState | None = None,
+    logits: Float[Array, "b v"] | None = None,
+    seen: Bool[Array, "b v"] | None = None,
+    state_dtype: str = "float32",
+    allowed_tokens: int | None = None,
+    callback: Callback | None = None,
+    block_size: int = BLOCK_SIZE,
+    piece_size: int = PIECE_SIZE,
+) -> Generated:
+    """Reads the prompts and generates from each of them.
+
+    Prompts may have different lengths. Each row's result is what it would be alone, up to the rounding of
+    batched products: its noise depends on its own seed and position, and finished rows stand still. Tokens
+    are drawn and read by one compiled loop of ``block_size`` tokens; the host hears of them once a block.
+
+    Args:
+      model: the model; pass ``decoding_form(model)`` to convert it once for many calls.
+      prompts: ids, one sequence a row. None goes on from ``state`` and ``logits``.
+      max_new_tokens: most tokens to generate for a row.
+      sampling: how they are drawn; by default from the model's own distribution.
+      stop_tokens: ids that end a row.
+      seeds: one a row, or one that every row uses as if it were alone.
+      state: what was read before the prompts; it is not changed. None begins anew.
+      logits: what ``state`` predicts; only without prompts.
+      seen: tokens read before the prompts that the repetition penalty applies to, with it only.
+      state_dtype: of the state made if ``state`` is None, see ``init_state``.
+      allowed_tokens: ids from here on are never drawn (a vocabulary padded beyond its tokenizer).
+      callback: called after every block with the new ids of each row; it may raise to stop.
+      block_size: tokens in a block.
+      piece_size: see ``prefill``.
+
+    Raises:
+      ValueError: for an empty prompt, an id out of range, a count below 1, too little room in an attention
+        cache, or arguments that do not fit together.
+      TypeError: for ids, counts or seeds that are not integers.
+      FloatingPointError: if the model's logits are not finite.
+    """
+    config = model.config
+    sampling = Sampling() if sampling is None else sampling
+    max_new_tokens = as_count("max_new_tokens", max_new_tokens, 1)
+    block_size = as_count("block_size", block_size, 1)
+    allowed = config.vocab_size if allowed_tokens is None else as_count("allowed_tokens", allowed_tokens, 1)
+    if allowed > config.vocab_size:
+        raise ValueError(f"allowed_tokens is {allowed}; the model has {config.vocab_size} ids")
+    if sampling.top_k > allowed:
+        raise ValueError(f"top_k is {sampling.top_k}; it must be at most the number of ids, {allowed}")
+    stops = np.asarray([as_count("stop_tokens", token, 0) for token in stop_tokens], np.int32)
+    if stops.size:
+        check_ids("stop_tokens", stops, config.vocab_size)
+    if seen is not None and not sampling.penalises:
+        raise ValueError("seen is given without a repetition penalty; it has no other use")
+
+    rows, start = _start(model, prompts, state, logits, max_new_tokens, state_dtype, piece_size)
+    batch = start.state.position.shape[0]
+    inputs = DecodingInputs(
+        sampling.numbers, jnp.asarray(as_seeds(seeds, batch)), jnp.asarray(stops), jnp.int32(allowed)
+    )
+    decoding = Decoding(
+        logits=start.logits,
+        state=split_state(start.state),
+        remaining=jnp.full((batch,), max_new_tokens, jnp.int32),
+        seen=_seen(rows, seen, batch, config.vocab_size) if sampling.penalises else None,
+    )
+    graphdef, params = nnx.split(decoding_form(model), nnx.Param)
+    tokens: list[list[int]] = [[] for _ in range(batch)]
+    for _ in range(-(-max_new_tokens // block_size)):
+        decoding, block, finite = decode_block(
+            graphdef, params, decoding, inputs, steps=min(block_size, max_new_tokens), plan=sampling.plan
+        )
+        if not bool(finite):
+            raise FloatingPointError(
+                "the model's logits are not finite; its parameters or state hold NaN or infinity"
+            )
+        new = [[int(token) for token in row if token != NONE] for row in np.asarray(block)]
+        for row, ids in zip(tokens, new, strict=True):
+            row.extend(ids)
+        if callback is not None:
+            callback(new)
+        if not np.asarray(decoding.remaining).any():
+            break
+    state = decoding.state if is_split(start.state.layers) else stack_state(decoding.state)
+    stopped = [bool(row) and row[-1] in stops for row in tokens]
+    return Generated(tokens, stopped, decoding.logits, state, decoding.seen)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("steps", "plan"), donate_argnums=2)
+def decode_block(
+    graphdef: Any, params: Any, decoding: Decoding, inputs: DecodingInputs, *, steps: int, plan: Plan
+) -> tuple[Decoding, Int[Array, "b steps"], Bool[Array, ""]]:
+    """Draws and reads ``steps`` tokens a row on the device.
+
+    The number of iterations is known when compiling, so the host is not asked between tokens. Rows that
+    are finished read padding, which leaves their state as it is.
+
+    Args:
+      graphdef, params: ``nnx.split(decoding_form(model), nnx.Param)``.
+      decoding: where it stands; its buffers are reused.
+      inputs: see ``DecodingInputs``.
+      steps: tokens to draw.
+      plan: ``Sampling.plan``.
+
+    Returns:
+      Where it stands then, the tokens (-1 for rows that were finished) and whether all logits were finite.
+    """
+    model = nnx.merge(graphdef, params)
+    turns = positional_turns(model.config)
+    permitted = jnp.arange(model.config.vocab_size)[None] < inputs.allowed
+
+    def body(carry: tuple[Decoding, Array], _: None) -> tuple[tuple[Decoding, Array], Array]:
+        now, finite = carry
+        logits = jnp.where(permitted, now.logits, -jnp.inf)
+        token = sample(logits, inputs.numbers, inputs.seeds, now.state.position, now.seen, plan=plan)
+        active = now.remaining > 0
+        hidden, state = read(model, jnp.where(active, token, 0)[:, None], now.state, active[:, None], turns)
+        logits = jnp.where(active[:, None], next_logits(model, hidden), now.logits)
+        stops = jnp.any(token[:, None] == inputs.stop_tokens[None], axis=-1)
+        remaining = jnp.where(active & ~stops, now.remaining - 1, 0)
+        seen = now.seen
+        if seen is not None:
+            seen = seen | (active[:, None] & (token[:, None] == jnp.arange(seen.shape[1])[None]))
+        finite = finite & jnp.all(jnp.isfinite(logits))
+        return (Decoding(logits, state, remaining, seen), finite), jnp.where(active, token, NONE)
+
+    start = (decoding, jnp.all(jnp.isfinite(decoding.logits)))
+    (decoding, finite), tokens = jax.lax.scan(body, start, length=steps)
+    return decoding, tokens.T, finite
+
+
+def _start(
+    model: HoloForCausalLM,
+    prompts: Any,
+    state: ModelState | None,
+    logits: Array | None,
+    max_new_tokens: int,
+    state_dtype: str,
+    piece_size: int,
+) -> tuple[list[Row], Reading]:
+    """The rows of the prompts, and what has been read when generation begins; buffers of its own."""
+    config = model.config
+    if prompts is None:
+        if state is None or logits is None:
+            raise ValueError("prompts is None; going on without a prompt needs state and logits")
+        batch = state.position.shape[0]
+        if logits.shape != (batch, config.vocab_size):
+            raise ValueError(
+                f"logits has shape {logits.shape}; it must be ({batch}, {config.vocab_size}), as the state"
+            )
+        check_room(state, config, np.full(batch, max_new_tokens))
+        return [], Reading(jnp.array(logits, jnp.float32), jax.tree.map(jnp.copy, state))
+    if logits is not None:
+        raise ValueError("logits is given with prompts; they belong to a state without them")
+    rows = as_rows(prompts, config.vocab_size)
+    lengths = np.asarray([len(row) for row in rows])
+    if state is None:
+        room = int(lengths.max()) + max_new_tokens
+        state = init_state(config, len(rows), cache_length=room, state_dtype=state_dtype)
+    check_batch(state, len(rows))
+    check_room(state, config, lengths + max_new_tokens)
+    return rows, prefill(model, rows, state, piece_size=piece_size)
+
+
+def _seen(rows: list[Row], seen: Array | None, batch: int, vocab_size: int) -> Array:
+    before = np.zeros((batch, vocab_size), bool) if seen is None else np.array(seen, bool)
+    if before.shape != (batch, vocab_size):
+        raise ValueError(f"seen has shape {before.shape}; it must be ({batch}, {vocab_size})")
+    for index, row in enumerate(rows):
+        before[index, row] = True
+    return jnp.asarray(before)

@@ -1,0 +1,108 @@
+"""Two forms of a model and its state: stacked over depth, as trained, and split, as decoded.
+
+A ``lax.scan`` over stacked layers compiles once for any depth, which suits reading many tokens at a time. For
+one token it copies every layer's weights out of the stack, and every attention cache out of and into it; the
+split form has separate arrays instead, which are updated in place.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from holo_jax.array_types import Array, Int
+from holo_jax.layers import Linear
+from holo_jax.mixers import AttentionState, MemoryMixerState, SsmState
+from holo_jax.model import HoloForCausalLM, ModelState
+
+
+def is_mixer_state(node: Any) -> bool:
+    """Whether a node of a state tree is the state of one mixer (stacked or not)."""
+    return isinstance(node, AttentionState | MemoryMixerState | SsmState)
+
+
+def is_split(layers: Any) -> bool:
+    """Whether ``ModelState.layers`` is a tuple over periods rather than stacked."""
+    return not is_mixer_state(layers[0])
+
+
+def split_state(state: ModelState) -> ModelState:
+    """The state with ``layers`` as a tuple over periods; a split state is returned as it is."""
+    if is_split(state.layers):
+        return state
+    count = jax.tree.leaves(state.layers)[0].shape[0]
+    periods = tuple(jax.tree.map(lambda leaf, n=n: leaf[n], state.layers) for n in range(count))
+    return state._replace(layers=periods)
+
+
+def stack_state(state: ModelState) -> ModelState:
+    """Inverse of ``split_state``; a stacked state is returned as it is."""
+    if not is_split(state.layers):
+        return state
+    return state._replace(layers=jax.tree.map(lambda *leaves: jnp.stack(leaves), *state.layers))
+
+
+def take_rows(state: ModelState, rows: Int[Array, "r"]) -> ModelState:
+    """The given rows of a state's batch, in this order; ``[0] * n`` forks row 0 for n continuations.
+
+    Raises:
+      IndexError: for a row that is not there.
+    """
+    batch = state.position.shape[0]
+    rows = jnp.asarray(rows, jnp.int32)
+    if rows.ndim != 1 or rows.size < 1 or int(rows.min()) < 0 or int(rows.max()) >= batch:
+        raise IndexError(f"rows is {rows.tolist()}; it must be a list of rows in [0, {batch})")
+    axis = 0 if is_split(state.layers) else 1
+    layers = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=axis), state.layers)
+    return ModelState(layers, state.position[rows], state.segment[rows])
+
+
+def state_bytes(state: ModelState) -> int:
+    """Bytes of all arrays of a state, whatever they are for."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def decoding_form(model: HoloForCausalLM) -> HoloForCausalLM:
+    """The same function with weights in the storage dtype and periods unstacked; for decoding only.
+
+    Linear maps and the embedding are cast to the storage dtype where they are used, at every use: doing it
+    once gives the same numbers and reads half the bytes a token. Everything else stays float32. A model in
+    this form is returned as it is.
+    """
+    if isinstance(model.model.periods, nnx.List):
+        return model
+    return _to_decoding_form(model)
+
+
+def training_form(model: HoloForCausalLM) -> HoloForCausalLM:
+    """The model with stacked periods (the weights keep their dtype); under jit, a copy of the weights."""
+    periods = model.model.periods
+    if not isinstance(periods, nnx.List):
+        return model
+    graphdef, params = nnx.split(model, nnx.Param)
+    stacked = nnx.merge(graphdef, params)
+    parts = [nnx.split(period, nnx.Param) for period in periods]
+    together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(part[1] for part in parts))
+    stacked.model.periods = nnx.merge(parts[0][0], together)
+    return stacked
+
+
+@jax.jit
+def _to_decoding_form(model: HoloForCausalLM) -> HoloForCausalLM:
+    dtype = jnp.dtype(model.config.precision.storage)
+
+    def cast(param: nnx.Param) -> nnx.Param:
+        return nnx.Param(param[...].astype(dtype), axes=param.get_metadata()["axes"])
+
+    graphdef, params = nnx.split(model, nnx.Param)
+    model = nnx.merge(graphdef, params)
+    model.model.embedding = cast(model.model.embedding)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            module.weight = cast(module.weight)
+    graphdef, params = nnx.split(model.model.periods, nnx.Param)
+    count = model.config.num_periods
+    split = [nnx.merge(graphdef, jax.tree.map(lambda leaf, n=n: leaf[n], params)) for n in range(count)]
+    model.model.periods = nnx.List(split)
+    return model

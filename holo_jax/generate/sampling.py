@@ -1,0 +1,155 @@
+"""From logits to a token: penalty, temperature, top-k, top-p, min-p, seeded noise.
+
+The order is the usual one: repetition penalty, temperature, top-k, top-p, min-p; each filter sees the
+distribution that the ones before it left, renormalised.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from holo_jax.array_types import Array, Bool, Float, Int, UInt32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a token is drawn; the defaults sample from the model's own distribution.
+
+    Attributes:
+      temperature: logits are divided by it; 0 takes the likeliest token.
+      top_k: only the k likeliest tokens; 0 for all.
+      top_p: only the smallest set of likeliest tokens whose probabilities sum to at least p; 1 for all
+        (Holtzman et al., "The curious case of neural text degeneration", arXiv:1904.09751).
+      min_p: only tokens at least this share as likely as the likeliest one; 0 for all.
+      repetition_penalty: positive logits of tokens read or generated before are divided by it, negative
+        ones multiplied; 1 for none (Keskar et al., "CTRL", arXiv:1909.05858).
+
+    Raises:
+      ValueError: for a value out of range, naming field, value and constraint.
+      TypeError: for a value that is not a number, or a top_k that is not an integer.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            wanted = int if field.name == "top_k" else int | float
+            if not isinstance(value, wanted) or isinstance(value, bool):
+                kind = "an integer" if field.name == "top_k" else "a number"
+                raise TypeError(f"{field.name} is {value!r}; it must be {kind}")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; it must be zero or positive, and finite")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be positive, or 0 for all tokens")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p}; it must be in [0, 1]")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise ValueError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be positive and finite"
+            )
+
+    @property
+    def penalises(self) -> bool:
+        """Whether the tokens seen so far matter."""
+        return self.repetition_penalty != 1.0
+
+    @property
+    def plan(self) -> "Plan":
+        """What is compiled."""
+        filters = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return Plan(greedy=self.temperature == 0, filters=filters and self.temperature > 0)
+
+    @property
+    def numbers(self) -> "SamplingNumbers":
+        """What compiled code is given; another value needs no new compilation."""
+        return SamplingNumbers(
+            temperature=jnp.float32(self.temperature),
+            top_k=jnp.int32(self.top_k),
+            top_p=jnp.float32(self.top_p),
+            log_min_p=jnp.float32(math.log(self.min_p) if self.min_p else -math.inf),
+            repetition_penalty=jnp.float32(self.repetition_penalty),
+        )
+
+
+class Plan(NamedTuple):
+    """The part of ``Sampling`` that decides which code is compiled."""
+
+    greedy: bool
+    filters: bool
+
+
+class SamplingNumbers(NamedTuple):
+    """The numbers of ``Sampling`` as float32 and int32 scalars."""
+
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+    log_min_p: Float[Array, ""]
+    repetition_penalty: Float[Array, ""]
+
+
+def sample(
+    logits: Float[Array, "b v"],
+    numbers: SamplingNumbers,
+    seeds: UInt32[Array, "b"],
+    positions: UInt32[Array, "b"],
+    seen: Bool[Array, "b v"] | None = None,
+    *,
+    plan: Plan,
+) -> Int[Array, "b"]:
+    """Draws one token a row.
+
+    A row's noise is a function of its own seed and position: it does not depend on the other rows, nor on
+    how many tokens were drawn in one call.
+
+    Args:
+      logits: float32; ``-inf`` for tokens that must not be drawn.
+      numbers, plan: ``Sampling.numbers`` and ``Sampling.plan``.
+      seeds: one a row.
+      positions: number of tokens that each row has read.
+      seen: tokens to which the repetition penalty applies; none if None.
+    """
+    if seen is not None:
+        penalised = jnp.where(
+            logits > 0, logits / numbers.repetition_penalty, logits * numbers.repetition_penalty
+        )
+        logits = jnp.where(seen, penalised, logits)
+    if plan.greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / numbers.temperature
+    order = None
+    if plan.filters:
+        order = jnp.argsort(-logits, axis=-1, stable=True)
+        logits = filter_sorted(jnp.take_along_axis(logits, order, axis=-1), numbers)
+    keys = jax.vmap(_row_key)(seeds, positions)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
+    drawn = jnp.argmax(logits + noise, axis=-1)
+    if order is not None:
+        drawn = jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
+    return drawn.astype(jnp.int32)
+
+
+def filter_sorted(logits: Float[Array, "b v"], numbers: SamplingNumbers) -> Float[Array, "b v"]:
+    """``-inf`` for what top-k, top-p and min-p leave out of logits sorted from high to low."""
+    rank = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
+    kept = jnp.where((numbers.top_k == 0) | (rank < numbers.top_k), logits, -jnp.inf)
+    probabilities = jax.nn.softmax(kept, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    # A rounded cumulative sum may reach 1 before the last token: top_p = 1 must still keep all.
+    inside = (before < numbers.top_p) | (rank == 0) | (numbers.top_p >= 1)
+    likely = logits >= logits[:, :1] + numbers.log_min_p
+    return jnp.where(inside & likely, kept, -jnp.inf)
+
+
+def _row_key(seed: Array, position: Array) -> Array:
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
