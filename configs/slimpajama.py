@@ -1,7 +1,7 @@
 """The published recipe on SlimPajama: 12 layers, hidden 1024, hd_dim 2048, 32,000 tokens, 6 billion of them.
 
-Command:  python -m train.prepare --source=hf:cerebras/SlimPajama-627B@COMMIT --tokenizer=TOKENIZER \\
-              --context-length=16384 --out=data/slimpajama
+Command:  python -m train.prepare --tokenizer=train:32000 --out=data/slimpajama \\
+              --source=hf:DKYoon/SlimPajama-6B@b5f90f419b7489cdba26fdbc8c022fcb5562f968
           python -m train.main --config=configs/slimpajama.py
 Hardware: one GPU with 80 GB; on n GPUs divide accumulation_steps by n
 Size:     256.0 million parameters

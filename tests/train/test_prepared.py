@@ -50,7 +50,7 @@ def test_it_is_a_dataset(data: Path) -> None:
     assert dataset.fingerprint == PreparedDataset(data).fingerprint
 
 
-@pytest.mark.parametrize("length", [LENGTH, 32, 2])
+@pytest.mark.parametrize("length", [LENGTH, 32, 2, 3 * LENGTH])
 def test_records_hold_every_token_once(data: Path, length: int) -> None:
     dataset = PreparedDataset(data, context_length=length, subset_ids=True)
     stream: list[int] = []
@@ -113,8 +113,22 @@ def test_a_document_much_longer_than_the_context(tmp_path: Path) -> None:
     assert dataset.tokenizer.decode(document.tokens.tolist()) == text
 
 
-@pytest.mark.parametrize("length", [0, 1, 3, 128])
-def test_context_lengths_must_divide(data: Path, length: int) -> None:
+@pytest.mark.parametrize("length", [2, 32, 128, 64 * LENGTH])
+def test_any_fitting_length_is_as_if_prepared_for_it(
+    data: Path, made: Path, tmp_path: Path, length: int
+) -> None:
+    command = [f"--source={made.parent / 'corpus'}", f"--out={tmp_path / 'out'}", "--tokenizer=bytes"]
+    assert prepare.main([*command, f"--context-length={length}", "--workers=1"]) == 0
+    wanted = PreparedDataset(tmp_path / "out", subset_ids=True)
+    found = PreparedDataset(data, context_length=length, subset_ids=True)
+    assert len(found) == len(wanted)
+    for index in range(len(wanted)):
+        record, other = found[index], wanted[index]
+        assert all(np.array_equal(record[name], other[name]) for name in wanted[index])
+
+
+@pytest.mark.parametrize("length", [0, 1, 3, 96])
+def test_context_lengths_must_fit(data: Path, length: int) -> None:
     with pytest.raises(DataError, match=f"context_length is {length}; .* was prepared for {LENGTH}"):
         PreparedDataset(data, context_length=length)
 

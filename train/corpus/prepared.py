@@ -29,15 +29,17 @@ class PreparedDataset:
     Args:
       directory: as written by ``python -m train.prepare``.
       split: which part; "heldout" is the corpus's "validation".
-      context_length: tokens of a record; a divisor of the prepared length cuts each stored record into
-        equal windows, in which cut segments start anew. None keeps the prepared length.
+      context_length: tokens of a record. A divisor of the prepared length cuts stored records into equal
+        windows, in which cut segments start anew; a multiple joins them, and what was cut is whole
+        again. Both give what preparing with that length would. None keeps the prepared length.
       subset_ids: adds ``subset_ids`` int32 [t] to each record: 1 + index into ``subsets``, 0 on padding.
       verify: check the SHA-256 of every shard first (at once when nothing changed since the last time).
 
     Raises:
       ManifestError: if the directory is not prepared; the message says which command makes it.
       ShardError: naming a shard that is missing, damaged or swapped.
-      DataError: for an unknown split, or a context length that does not divide the prepared one.
+      DataError: for an unknown split, or a context length that neither divides nor is a multiple of the
+        prepared one.
     """
 
     def __init__(
@@ -55,12 +57,13 @@ class PreparedDataset:
         self._shards = self._shards_of(self.split)
         stored = int(self.manifest["options"]["context_length"])
         self._context_length = stored if context_length is None else context_length
-        if self._context_length < 2 or stored % self._context_length:
+        short, long = sorted((stored, self._context_length))
+        if short < 2 or long % short:
             raise DataError(
-                f"context_length is {context_length}; {directory} was prepared for {stored}, so it must "
-                f"divide that (or prepare again with --context-length={context_length})"
+                f"context_length is {context_length}; {directory} was prepared for {stored}, so it must divide "
+                f"that or be a multiple of it (or prepare again with --context-length={context_length})"
             )
-        self._windows = stored // self._context_length
+        self._stored = stored
         self._dtype = np.dtype(self.manifest["token_dtype"]).newbyteorder("<")
         if verify:
             verify_once(self.directory, [self.split])
@@ -112,23 +115,30 @@ class PreparedDataset:
             raise IndexError(f"record {index} of {len(self)}")
         number = bisect.bisect_right(self._ends, index)
         place = index - (self._ends[number - 1] if number else 0)
-        shard = self._shards[number]
-        packed = self._read(shard, place // self._windows, place // self._windows + 1)[0]
-        return self._window(packed, place % self._windows, shard)
+        return self._slice(self._shards[number], place * self._context_length)
 
-    def _window(self, packed: PackedRecord, window: int, shard: Json) -> Record:
+    def _slice(self, shard: Json, begin: int) -> Record:
+        """``context_length`` tokens of a shard's stream, from its token ``begin`` on."""
         size = self._context_length
-        begin, end = window * size, min((window + 1) * size, packed.length)
-        starts = packed.segments["start"].astype(np.int64)
-        first = np.searchsorted(starts, begin, side="right") - 1
-        last = np.searchsorted(starts, end)
-        local = np.maximum(starts[first:last] - begin, 0)
-        record = segments_to_record(packed.tokens[begin : begin + size].astype(np.int32), local, end - begin)
+        first = begin // self._stored
+        packed = self._read(shard, first, min(-(-(begin + size) // self._stored), shard["records"]))
+        tokens = np.concatenate([record.tokens for record in packed])
+        segments = np.concatenate([record.segments for record in packed])
+        number = np.repeat(np.arange(len(packed)), [len(record.segments) for record in packed])
+        # A piece that opens a later record only goes on with the segment before it.
+        fresh = (segments["offset"] == 0) | (segments["start"] > 0) | (number == 0)
+        starts = (segments["start"] + number * self._stored)[fresh].astype(np.int64)
+        subsets = segments["subset"][fresh]
+        local = begin - first * self._stored
+        end = min(local + size, (len(packed) - 1) * self._stored + packed[-1].length)
+        low = np.searchsorted(starts, local, side="right") - 1
+        high = np.searchsorted(starts, end)
+        inside = np.zeros(size, np.int32)
+        inside[: end - local] = tokens[local:end]
+        record = segments_to_record(inside, np.maximum(starts[low:high] - local, 0), end - local)
         if self._with_subsets:
-            names = [self.subsets.index(name) + 1 for name in shard["subset_names"]]
-            by_segment = np.array(
-                [0, *(names[subset] for subset in packed.segments["subset"][first:last])], np.int32
-            )
+            names = np.array([self.subsets.index(name) + 1 for name in shard["subset_names"]])
+            by_segment = np.concatenate([[0], names[subsets[low:high]]]).astype(np.int32)
             record["subset_ids"] = by_segment[record["segment_ids"]]
         return record
 
@@ -176,10 +186,9 @@ class PreparedDataset:
 
     def _read(self, shard: Json, begin: int, end: int) -> list[PackedRecord]:
         path = self.directory / shard["file"]
-        stored = int(self.manifest["options"]["context_length"])
         try:
             records = self._reader(str(path)).read(begin, end)
-            return [decode_record(record, stored, self._dtype) for record in records]
+            return [decode_record(record, self._stored, self._dtype) for record in records]
         except (RuntimeError, ValueError, IndexError) as error:
             raise ShardError(f"{path}: records {begin} to {end - 1} cannot be read: {error}") from error
 
