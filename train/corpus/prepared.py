@@ -60,8 +60,8 @@ class PreparedDataset:
         short, long = sorted((stored, self._context_length))
         if short < 2 or long % short:
             raise DataError(
-                f"context_length is {context_length}; {directory} was prepared for {stored}, so it must divide "
-                f"that or be a multiple of it (or prepare again with --context-length={context_length})"
+                f"context_length is {context_length}; {directory} was prepared for {stored}, so it must "
+                f"divide or be a multiple of that; or prepare again with --context-length={context_length}"
             )
         self._stored = stored
         self._dtype = np.dtype(self.manifest["token_dtype"]).newbyteorder("<")
