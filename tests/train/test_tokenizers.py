@@ -98,10 +98,10 @@ def test_saved_and_loaded(tokenizer: Tokenizer, tmp_path: Path) -> None:
 
 
 def test_files_are_told_apart_by_content(model: bytes, trained: JsonTokenizer, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model.v1").write_bytes(model)
+    (tmp_path / "any.model.v1").write_bytes(model)
     (tmp_path / "any.json").write_bytes(trained.files()["tokenizer.json"])
-    assert load_tokenizer(tmp_path / "tokenizer.model.v1").kind == "sentencepiece"
-    assert load_tokenizer(f"sentencepiece:{tmp_path}/tokenizer.model.v1").kind == "sentencepiece"
+    assert load_tokenizer(tmp_path / "any.model.v1").kind == "sentencepiece"
+    assert load_tokenizer(f"sentencepiece:{tmp_path}/any.model.v1").kind == "sentencepiece"
     assert load_tokenizer(tmp_path / "any.json").kind == "tokenizers"
     assert load_tokenizer(f"tokenizers:{tmp_path}/any.json").kind == "tokenizers"
     assert load_tokenizer("bytes").kind == "bytes"
