@@ -2,8 +2,8 @@
 
 Prompts of each length (tokens, with room for the answer) are read by streaming state and answered greedily;
 the score of an answer is the share of expected strings it contains (eval/ruler_tasks.py). Values, by (model,
-task, length, depth): "score", mean over samples (Wilson's interval where every answer is right
-or wrong, else bootstrap). Tasks with several needles have no depth. A cell that does not fit in memory is "oom", not 0.
+task, length, depth): "score", mean over samples (Wilson's interval where every answer is right or wrong, else
+bootstrap). Tasks with several needles have no depth. A cell that does not fit in memory is "oom", not 0.
 """
 
 import dataclasses

@@ -114,7 +114,7 @@ def make(task: str, units: int, depth: float | None, seed: int, haystack: str = 
       task: one of ``TASKS``.
       units: size of the haystack in sentences.
       depth: of the needle, in [0, 1], for the single tasks; other needles lie anywhere.
-      seed: everything random follows from it.
+      seed: everything random follows from it; a larger haystack goes on where a smaller one ends.
       haystack: file with the prose, empty for the built-in one.
 
     Raises:
@@ -124,7 +124,7 @@ def make(task: str, units: int, depth: float | None, seed: int, haystack: str = 
         raise ValueError(f"task is {task!r}; it must be one of {', '.join(TASKS)}")
     if (depth is None) == (task in SINGLES):
         raise ValueError(f"depth is {depth} for task {task!r}; the single tasks have one, the others none")
-    rng = np.random.default_rng([seed, TASKS.index(task), units])
+    rng = np.random.default_rng([seed, TASKS.index(task)])
     if task in ("single_1", "variables"):
         noise = NOISE.split(". ")
         hay = [noise[i % len(noise)].rstrip(".") + "." for i in range(units)]
