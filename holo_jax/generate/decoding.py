@@ -25,6 +25,7 @@ from holo_jax.generate.sampling import Plan, Sampling, SamplingNumbers, sample
 from holo_jax.model import HoloForCausalLM, ModelState, positional_turns
 
 BLOCK_SIZE = 64
+_CACHE_MULTIPLE = 64
 NONE = -1  # in place of a token: the row was finished
 
 Callback = Callable[[list[list[int]]], None]
@@ -52,7 +53,7 @@ class DecodingInputs(NamedTuple):
     Attributes:
       numbers: of the sampling.
       seeds: one a row.
-      stop_tokens: ids that end a row [s]; s may be 0.
+      stop_tokens: ids that end a row [s]; -1 ends none.
       allowed: number of ids that may be drawn, from 0.
     """
 
@@ -142,7 +143,11 @@ def generate(
     rows, start = _start(model, prompts, state, logits, max_new_tokens, state_dtype, piece_size)
     batch = start.state.position.shape[0]
     inputs = DecodingInputs(
-        sampling.numbers, jnp.asarray(as_seeds(seeds, batch)), jnp.asarray(stops), jnp.int32(allowed)
+        numbers=sampling.numbers,
+        seeds=jnp.asarray(as_seeds(seeds, batch)),
+        # Padded, so that another few stop tokens compile nothing.
+        stop_tokens=jnp.asarray(np.pad(stops, (0, -stops.size % 4 or 4), constant_values=NONE)),
+        allowed=jnp.int32(allowed),
     )
     decoding = Decoding(
         logits=start.logits,
@@ -241,7 +246,8 @@ def _start(
     rows = as_rows(prompts, config.vocab_size)
     lengths = np.asarray([len(row) for row in rows])
     if state is None:
-        room = int(lengths.max()) + max_new_tokens
+        # Rounded up, so that prompts of other lengths compile nothing.
+        room = -(-(int(lengths.max()) + max_new_tokens) // _CACHE_MULTIPLE) * _CACHE_MULTIPLE
         state = init_state(config, len(rows), cache_length=room, state_dtype=state_dtype)
     check_batch(state, len(rows))
     check_room(state, config, lengths + max_new_tokens)

@@ -29,18 +29,12 @@ def is_split(layers: Any) -> bool:
 
 def split_state(state: ModelState) -> ModelState:
     """The state with ``layers`` as a tuple over periods; a split state is returned as it is."""
-    if is_split(state.layers):
-        return state
-    count = jax.tree.leaves(state.layers)[0].shape[0]
-    periods = tuple(jax.tree.map(lambda leaf, n=n: leaf[n], state.layers) for n in range(count))
-    return state._replace(layers=periods)
+    return state if is_split(state.layers) else state._replace(layers=_unstack(state.layers))
 
 
 def stack_state(state: ModelState) -> ModelState:
     """Inverse of ``split_state``; a stacked state is returned as it is."""
-    if not is_split(state.layers):
-        return state
-    return state._replace(layers=jax.tree.map(lambda *leaves: jnp.stack(leaves), *state.layers))
+    return state._replace(layers=_stack(state.layers)) if is_split(state.layers) else state
 
 
 def take_rows(state: ModelState, rows: Int[Array, "r"]) -> ModelState:
@@ -53,9 +47,7 @@ def take_rows(state: ModelState, rows: Int[Array, "r"]) -> ModelState:
     rows = jnp.asarray(rows, jnp.int32)
     if rows.ndim != 1 or rows.size < 1 or int(rows.min()) < 0 or int(rows.max()) >= batch:
         raise IndexError(f"rows is {rows.tolist()}; it must be a list of rows in [0, {batch})")
-    axis = 0 if is_split(state.layers) else 1
-    layers = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=axis), state.layers)
-    return ModelState(layers, state.position[rows], state.segment[rows])
+    return _take_rows(state, rows)
 
 
 def state_bytes(state: ModelState) -> int:
@@ -86,6 +78,24 @@ def training_form(model: HoloForCausalLM) -> HoloForCausalLM:
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(part[1] for part in parts))
     stacked.model.periods = nnx.merge(parts[0][0], together)
     return stacked
+
+
+@jax.jit
+def _unstack(layers: Any) -> Any:
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return tuple(jax.tree.map(lambda leaf, n=n: leaf[n], layers) for n in range(count))
+
+
+@jax.jit
+def _stack(layers: Any) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+@jax.jit
+def _take_rows(state: ModelState, rows: Array) -> ModelState:
+    axis = 0 if is_split(state.layers) else 1
+    layers = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=axis), state.layers)
+    return ModelState(layers, state.position[rows], state.segment[rows])
 
 
 @jax.jit

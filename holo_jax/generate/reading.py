@@ -48,7 +48,7 @@ def init_state(
       ValueError: for attention layers without ``cache_length``, or an unknown ``state_dtype``.
     """
     batch = as_count("batch", batch, 1)
-    return compress_state(empty_state(config, batch, cache_length=cache_length), state_dtype)
+    return _empty(config, batch, cache_length, state_dtype)
 
 
 def read(
@@ -186,6 +186,11 @@ def _piece(rows: list[Row], length: int, begin: int, end: int) -> tuple[np.ndarr
             ids[index, start - begin :] = row[start - offset : end - offset]
             real[index, start - begin :] = True
     return ids, real
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _empty(config: HoloConfig, batch: int, cache_length: int, state_dtype: str) -> ModelState:
+    return compress_state(empty_state(config, batch, cache_length=cache_length), state_dtype)
 
 
 @partial(jax.jit, static_argnums=0, donate_argnums=2)
