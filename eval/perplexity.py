@@ -86,8 +86,8 @@ def losses_of(reader: LossReader, documents: Sequence[np.ndarray], sizes: dict, 
     ]
     texts = [documents[index][reading.start : reading.end] for index, reading in jobs]
     whole = [np.full(len(tokens) - 1, np.nan, np.float32) for tokens in documents]
-    for (index, (start, end, counted)), losses in zip(jobs, read_all(reader, texts, done), strict=True):
-        whole[index][counted - 1 : end - 1] = losses[counted - start - 1 :]
+    for (index, (start, end, counted)), scores in zip(jobs, read_all(reader, texts, done), strict=True):
+        whole[index][counted - 1 : end - 1] = scores.nats[counted - start - 1 :]
     for losses in whole:
         if not np.isfinite(losses).all():
             raise FloatingPointError("a loss is not finite: the model's parameters or logits are broken")

@@ -20,7 +20,7 @@ SCHEMA = 1
 FILENAME = "results.json"
 STATUSES = ("ok", "oom", "failed", "unavailable")
 SOURCES = ("measured", "theory", "published")
-INTERVALS = ("wilson", "bootstrap", "exact", "none")
+INTERVALS = ("wilson", "bootstrap", "normal", "exact", "none")
 
 Scalar = str | int | float | bool | None
 
@@ -39,8 +39,9 @@ class Value:
       value: the number; None exactly when ``status`` is not "ok".
       low, high: ends of the 95% interval, ``low <= value <= high``; equal to the value for "exact".
       n: trials behind the number; 0 for "theory" and "published".
-      interval: "wilson" (proportions), "bootstrap" (means), "exact" (deterministic), "none" (a
-        published or theoretical number without one; a measured value is never "none").
+      interval: "wilson" (proportions), "bootstrap" (means), "normal" (1.96 standard errors, where only
+        those are known), "exact" (deterministic), "none" (a published or theoretical number without one; a
+        measured value is never "none").
       source: "measured" here, "theory" (a formula) or "published" (somebody else's figure).
       status: "ok", "oom" (out of memory), "failed", "unavailable" (the environment lacks something).
       detail: free text, for example the error behind a status or the citation of a published value.
