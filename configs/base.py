@@ -37,7 +37,8 @@ def get_config() -> ConfigDict:
     config.data.heldout_split = "validation"  # of prepared data
     config.data.num_threads = 2  # threads that read ahead
 
-    config.optimizer = ConfigDict()  # AdamW; no decay on norms, biases and gates
+    config.optimizer = ConfigDict()  # no decay on norms, biases and gates
+    config.optimizer.name = "adamw"  # adamw, or muon for the matrices of the blocks and adamw for the rest
     config.optimizer.learning_rate = 3e-4  # peak
     config.optimizer.warmup_steps = 100  # linear from 0
     config.optimizer.final_ratio = 0.1  # cosine down to this share of the peak at num_steps; 1: constant

@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     """Everything that differs from ``configs/base.py``."""
     config = base.get_config()
     config.name = "quickstart"
-    config.num_steps = 600
-    config.global_batch_size = 8
+    config.num_steps = 900
+    config.global_batch_size = 4
     config.context_length = 512
 
     config.model.vocab_size = 258  # bytes, begin, end
@@ -28,7 +28,13 @@ def get_config() -> ConfigDict:
     config.model.tie_embeddings = False
     config.model.precision.storage = "float32"  # CPUs have no fast bfloat16 product
 
-    config.optimizer.learning_rate = 3e-3
+    config.model.phase_scale = 0.7
+    config.model.chunk_size = 32
+
+    config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 0.02
+    config.optimizer.b2 = 0.98
+    config.optimizer.weight_decay = 0.0
     config.optimizer.warmup_steps = 40
     config.optimizer.final_ratio = 0.02
 

@@ -69,6 +69,8 @@ class HoloConfig:
       retrieval_scale: what a retrieval is divided by; ``auto`` is ``none`` with erase, else ``sqrt_writes``.
       short_conv: taps of the causal depthwise convolutions over phases (and over the inputs of ``ssm``);
         0 writes with the previous token's phase and reads with the current one, fixed.
+      value_conv: taps of a causal depthwise convolution over the values, which starts as the identity and
+        lets a value hold a few neighbouring tokens; 0 for none.
       phase_scale: radians per unit of the phase projection.
       frequencies: distribution of the positional phasors: ``uniform`` on the circle, ``normal`` with
         ``frequency_std`` radians a step, ``multiscale`` with one deviation a head.
@@ -112,7 +114,8 @@ class HoloConfig:
     head_norm: bool = True
     retrieval_scale: Scale = "auto"
     short_conv: int = 4
-    phase_scale: float = 3.141592653589793
+    value_conv: int = 0
+    phase_scale: float = 1.0
     frequencies: Frequencies = "uniform"
     frequency_std: float = 10.0
     phasor_seed: int = 0
@@ -142,7 +145,14 @@ class HoloConfig:
         for name in _POSITIVE:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive")
-        for name in ("anchor_every", "attention_window", "short_conv", "chunk_size", "phasor_seed"):
+        for name in (
+            "anchor_every",
+            "attention_window",
+            "short_conv",
+            "value_conv",
+            "chunk_size",
+            "phasor_seed",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be zero or positive")
         if self.hd_dim % self.head_dim:
@@ -151,6 +161,8 @@ class HoloConfig:
             raise ValueError(
                 "short_conv is 1; it must be 0 (fixed shift) or at least 2 taps (current and previous)"
             )
+        if self.value_conv == 1:
+            raise ValueError("value_conv is 1; it must be 0 (none) or at least 2 taps (current and previous)")
         if self.scan_unroll < 1:
             raise ValueError(f"scan_unroll is {self.scan_unroll}; it must be at least 1")
         if self.erase and self.mixer == "holo":
@@ -314,6 +326,7 @@ def _check_types(config: HoloConfig) -> None:
 
 
 _SEED: dict[str, Any] = dict(
+    phase_scale=3.141592653589793,
     binding="hadamard",
     addressing="position",
     write_gate=False,

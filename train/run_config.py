@@ -68,10 +68,14 @@ class DataConfig:
             _require(0 < weight < float("inf"), "data.weights", self.weights, "positive and finite numbers")
 
 
+OPTIMIZERS = ("adamw", "muon")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule. Fields are explained in ``configs/base.py``."""
+    """The optimizer and its schedule. Fields are explained in ``configs/base.py``."""
 
+    name: str = "adamw"
     learning_rate: float
     warmup_steps: int
     final_ratio: float
@@ -82,6 +86,7 @@ class OptimizerConfig:
     clip_norm: float
 
     def __post_init__(self) -> None:
+        _require(self.name in OPTIMIZERS, "optimizer.name", self.name, " or ".join(OPTIMIZERS))
         _positive("optimizer.", self, "learning_rate", "eps")
         _not_negative("optimizer.", self, "warmup_steps", "weight_decay", "clip_norm")
         for name in ("b1", "b2"):

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -112,17 +111,21 @@ def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
 
 
-def optimizer_shardings(
-    mesh: Mesh, optimizer: optax.GradientTransformation, opt_shapes: Any, param_shardings: Any
-) -> Any:
-    """Moments lie where their parameters lie; counters are replicated."""
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, sharding: sharding,
-        opt_shapes,
-        param_shardings,
-        transform_non_params=lambda _: replicated(mesh),
-    )
+def optimizer_shardings(mesh: Mesh, opt_shapes: Any, param_shardings: Any) -> Any:
+    """Moments lie where their parameters lie; counters are replicated.
+
+    A moment is known by its path, which ends with that of its parameter, whatever transformations
+    (chains, partitions by kind of parameter) are around it.
+    """
+    by_path = dict(jax.tree_util.tree_flatten_with_path(param_shardings)[0])
+    lengths = sorted({len(path) for path in by_path}, reverse=True)
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        own = (by_path.get(path[-n:]) for n in lengths if len(path) >= n)
+        found = next((sharding for sharding in own if sharding is not None), None)
+        return replicated(mesh) if found is None or not leaf.shape else found
+
+    return jax.tree_util.tree_map_with_path(sharding, opt_shapes)
 
 
 def put_batch(batch: Mapping[str, np.ndarray], accumulation_steps: int, sharding: NamedSharding) -> dict:

@@ -123,7 +123,7 @@ def make_step_functions(
 
     shapes = jax.eval_shape(init, jax.ShapeDtypeStruct((2,), jnp.uint32))
     params_at = parameter_shardings(mesh, functions.axes, shapes.params)
-    opt_at = optimizer_shardings(mesh, optimizer, shapes.opt_state, params_at)
+    opt_at = optimizer_shardings(mesh, shapes.opt_state, params_at)
     whole, rows_at = replicated(mesh), batch_sharding(mesh)
     shardings = TrainState(whole, params_at, opt_at, whole, whole, whole)
     return StepFunctions(

@@ -23,11 +23,13 @@ class MemoryMixerState(NamedTuple):
       tail: the last raw phases, [b, k, h * m], which the short convolution (or shift) still needs.
       content: memory addressed by content, or None.
       position: memory addressed by position, or None.
+      value_tail: the last values, [b, k, h * d], which their convolution still needs, or None.
     """
 
     tail: Float[Array, "b k f"] | None
     content: MemoryState | None
     position: MemoryState | None
+    value_tail: Float[Array, "b k f"] | None = None
 
 
 class MemoryMixer(nnx.Module):
@@ -51,6 +53,10 @@ class MemoryMixer(nnx.Module):
                 taps = jnp.zeros((config.short_conv, h * m), dtype)
                 self.read_taps = parameter(taps.at[-1].set(1), (None, "heads"))
                 self.write_taps = parameter(taps.at[-2].set(1), (None, "heads"))
+        if config.value_conv:
+            self.value_taps = parameter(
+                jnp.zeros((config.value_conv, hd), dtype).at[-1].set(1), (None, "heads")
+            )
         if config.addressing == "both":
             self.mix = parameter(jnp.full((2, h), 0.5, dtype), (None, "heads"))
         if config.write_gate:
@@ -80,6 +86,11 @@ class MemoryMixer(nnx.Module):
             tail=jnp.zeros(shape, jnp.dtype(config.precision.phases)) if content else None,
             content=memory() if content else None,
             position=memory() if config.addressing != "content" else None,
+            value_tail=jnp.zeros(
+                (batch, config.value_conv - 1, config.hd_dim), jnp.dtype(config.precision.storage)
+            )
+            if config.value_conv
+            else None,
         )
 
     def __call__(
@@ -93,7 +104,13 @@ class MemoryMixer(nnx.Module):
         config = self.config
         b, t, _ = x.shape
         h, d = config.num_heads, config.head_dim
-        values = self.values(x).reshape(b, t, h, d)
+        values, value_tail = self.values(x), None
+        if config.value_conv:
+            before = None if state is None else state.value_tail
+            past = with_tail(values, config.value_conv - 1, before, context.padding)
+            values = short_convolution(past, self.value_taps[...].astype(values.dtype), context.inside)
+            value_tail = next_tail(past, config.value_conv - 1, context.inside)
+        values = values.reshape(b, t, h, d)
         gates = jax.nn.sigmoid(self.write(x, out_dtype="float32")) if config.write_gate else None
         if context.real is not None:
             written = jnp.ones((b, t, h), jnp.float32) if gates is None else gates
@@ -125,7 +142,9 @@ class MemoryMixer(nnx.Module):
             else:
                 retrieved = y
         retrieved = self._finish(retrieved, x)
-        return self.out(retrieved), None if state is None else MemoryMixerState(tail, content, position)
+        if state is None:
+            return self.out(retrieved), None
+        return self.out(retrieved), MemoryMixerState(tail, content, position, value_tail)
 
     def _content_phases(
         self, x: Array, context: Context, state: MemoryMixerState | None

@@ -17,6 +17,7 @@ SIZES = dict(vocab_size=VOCAB, hidden_size=16, hd_dim=16, head_dim=8, phasors=6,
 VARIANTS: dict[str, dict] = {
     "holo": dict(preset="holo"),
     "holo-sum": dict(preset="holo", erase=False),
+    "holo-local": dict(preset="holo", value_conv=3),
     "seed": dict(preset="seed"),
     "dual": dict(preset="dual"),
     "dual-gated": dict(preset="dual", write_gate=True, short_conv=4),
