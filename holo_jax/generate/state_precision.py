@@ -11,6 +11,7 @@ flap.
 Noise is a function of the row's position alone: a row gets the same bits in whatever batch it is in.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -68,9 +69,16 @@ def compress_state(state: ModelState, dtype: str, *, previous: ModelState | None
         raise ValueError(f"state_dtype is {dtype!r}; it must be one of {', '.join(STATE_DTYPES)}")
     if stored_dtype(state) != "float32":
         raise ValueError(f"the state is stored as {stored_dtype(state)} already; expand_state comes first")
-    if dtype == "float32":
-        return state
+    return state if dtype == "float32" else _compress(state, previous, dtype)
 
+
+def expand_state(state: ModelState) -> ModelState:
+    """The float32 state that a stored one stands for; a float32 state is returned as it is."""
+    return state if stored_dtype(state) == "float32" else _expand(state)
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _compress(state: ModelState, previous: ModelState | None, dtype: str) -> ModelState:
     layers, before = state.layers, None if previous is None else previous.layers
     if is_split(layers):
         periods = [
@@ -91,11 +99,8 @@ def compress_state(state: ModelState, dtype: str, *, previous: ModelState | None
     return state._replace(layers=tuple(stacked(k, mixer) for k, mixer in enumerate(layers)))
 
 
-def expand_state(state: ModelState) -> ModelState:
-    """The float32 state that a stored one stands for; a float32 state is returned as it is."""
-    if stored_dtype(state) == "float32":
-        return state
-
+@jax.jit
+def _expand(state: ModelState) -> ModelState:
     def memory(stored: MemoryState | None) -> MemoryState | None:
         if stored is None:
             return None
