@@ -154,8 +154,8 @@ def cell(value: Value | None, digits: int = 3) -> str:
     if value.status != "ok":
         return value.status.upper() if value.status == "oom" else value.status
     text = f"{value.value:.{digits}f}"
-    if value.interval in ("none", "exact"):
-        return text
+    if value.interval in ("none", "exact") or (value.interval == "bootstrap" and value.n == 1):
+        return text  # one sample has no spread to show
     return f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 

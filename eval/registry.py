@@ -10,6 +10,7 @@ VIEWS = {
     "needle": "eval.needle_view",
     "ruler": "eval.ruler_view",
     "perplexity": "eval.perplexity_view",
+    "harness": "eval.harness",
     "speed": "eval.speed",
 }
 
