@@ -188,8 +188,13 @@ def run_model(name: str, settings: Settings, reporter: Reporter) -> None:
         ask = jax.jit(jax.vmap(functools.partial(streamed, functions, config, settings), (0, 0, None, None)))
     for length in settings.lengths:
         if growing:
-            one = functools.partial(forwarded, functions, settings)
-            ask = jax.jit(jax.vmap(one, (0, 0, None, None)), static_argnums=2)
+            # Seeds one after the other: whole sequences fill the memory, and the flash kernel stays as it is.
+            one = functools.partial(forwarded, functions, settings, length=length)
+            ask = jax.jit(
+                lambda params, keys, _, depth, one=one: jax.lax.map(
+                    lambda pair: one(*pair, depth=depth), (params, keys)
+                )
+            )
         for number, depth in enumerate(settings.depths):
             cell_key = jax.random.fold_in(jax.random.fold_in(test_key, length), number + 1)
             key = jax.random.split(cell_key, len(grid.seeds))

@@ -156,7 +156,7 @@ def run_model(name: str, settings: Settings, reporter: Reporter, tests: dict, ke
     best = choose_rate(np.asarray(scores))
     params = select_rate(trained.params, best)
     one = jax.vmap(lambda p, packed: query_logits(functions, p, packed).argmax(-1), (0, None))
-    predict = jax.jit(lambda packed: one(params, packed))
+    predict = functools.partial(jax.jit(one), params)
 
     where = {"model": name, "preset": settings.models[name]["preset"]}
     averages = []

@@ -8,7 +8,9 @@ Theory (normal scores). Hadamard with D phasors, N pairs, unit gates: the right 
 variance (N - 1) / 2D, a wrong word's 0 with variance (N + 1) / 2D (one term from its own overlap with the
 right value, N - 1 from the other pairs): the signal-to-noise ratio tends to sqrt(2D / N), whatever the
 scale of the read. Outer with m phasors and d channels has 2 m d numbers in place of 2D, and 1 / d for a
-word's own overlap. With gates g, N - 1 becomes the sum of the other g^2, and the signal the pair's own g.
+word's own overlap; a word that other pairs hold too adds a share (d - 1) / vocabulary. With gates g, N - 1
+becomes the sum of the other g^2, and the signal the pair's own g. The accuracy also takes the scores as
+independent: with few channels they are not, and the outer memory recalls somewhat more than the formula.
 """
 
 import dataclasses
@@ -73,7 +75,10 @@ class Load:
 def theory(shape: Shape, load: Load) -> dict[str, float]:
     """Expected ratio, error and accuracy of a memory kept in float32 (see the module's docstring)."""
     others = (load.pairs - 1) * load.gate**2 + load.distractors * load.distractor_gate**2
-    right, wrong = others / shape.floats, others / shape.floats + load.gate**2 / shape.d
+    # Another pair may hold the very word that is scored: its crosstalk then does not average over channels.
+    repeated = 1 + (shape.d - 1) / shape.vocabulary if shape.binding == "outer" else 1.0
+    right = repeated * others / shape.floats
+    wrong = right + load.gate**2 / shape.d
     return {
         "snr": load.gate / math.sqrt(wrong),
         "mse": others * shape.d / shape.floats + (1.0 - load.gate) ** 2,

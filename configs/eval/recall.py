@@ -27,8 +27,9 @@ def _models() -> dict:
     models["ssm_nomlp_4k"] = dict(preset="ssm", mlp="none", hd_dim=128, phasors=16)
     models["attention_nomlp"] = dict(preset="attention", mlp="none", hd_dim=128)
     for size, hd_dim in {"4k": 1024, "16k": 4096}.items():
-        models[f"dual_{size}"] = dict(preset="dual", hd_dim=hd_dim)
-        models[f"seed_{size}"] = dict(preset="seed", hd_dim=2 * hd_dim)
+        # Wide activations: their blocks are computed again in the backward pass.
+        models[f"dual_{size}"] = dict(preset="dual", hd_dim=hd_dim, remat="full")
+        models[f"seed_{size}"] = dict(preset="seed", hd_dim=2 * hd_dim, remat="full")
     return models
 
 

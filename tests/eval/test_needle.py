@@ -84,12 +84,12 @@ def test_pieces_and_one_pass_give_the_same_answers():
     functions = models.build(config)
     params = functions.init(jax.random.key(0))
     ask = jax.jit(functools.partial(needle.streamed, functions, config, chosen))
-    whole = jax.jit(functools.partial(needle.forwarded, functions, chosen), static_argnums=2)
+    whole = jax.jit(functools.partial(needle.forwarded, functions, chosen, length=64))
     found = []
     for seed in range(6):
         key = jax.random.key(seed)
         pieces = np.asarray(ask(params, key, 64, 0.3))
-        np.testing.assert_array_equal(pieces, np.asarray(whole(params, key, 64, 0.3)))
+        np.testing.assert_array_equal(pieces, np.asarray(whole(params, key, depth=0.3)))
         found.append(pieces)
     assert 0 < np.mean(found) < 1
 
