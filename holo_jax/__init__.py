@@ -5,13 +5,20 @@
 >>> model = HoloForCausalLM(HoloConfig(hidden_size=256, hd_dim=512, num_hidden_layers=4), rngs=nnx.Rngs(0))
 >>> outputs = model(input_ids, labels=input_ids)
 
-Pure functions are in ``holo_jax.functional``.
+Pure functions are in ``holo_jax.functional``; reading and generating in ``holo_jax.generate``:
+
+>>> from holo_jax import load_pretrained
+>>> from holo_jax.generate import generate
+>>> run = load_pretrained("runs/quickstart")
+>>> result = generate(run.model, [run.tokenizer.encode("def ")], max_new_tokens=64)
 """
 
 from holo_jax import functional
 from holo_jax.config import HoloConfig
 from holo_jax.model import CausalLMOutput, HoloForCausalLM, HoloModel, ModelState, init_state
 from holo_jax.precision import FULL, MIXED, Precision
+from holo_jax.pretrained import Pretrained, load_pretrained
+from holo_jax.state_io import load_state, save_state
 
 __version__ = "0.1.0"
 
@@ -24,6 +31,10 @@ __all__ = [
     "HoloModel",
     "ModelState",
     "Precision",
+    "Pretrained",
     "functional",
     "init_state",
+    "load_pretrained",
+    "load_state",
+    "save_state",
 ]

@@ -69,12 +69,12 @@ def decoding_form(model: HoloForCausalLM) -> HoloForCausalLM:
 
 def training_form(model: HoloForCausalLM) -> HoloForCausalLM:
     """The model with stacked periods (the weights keep their dtype); under jit, a copy of the weights."""
-    periods = model.model.periods
+    periods: Any = model.model.periods
     if not isinstance(periods, nnx.List):
         return model
     graphdef, params = nnx.split(model, nnx.Param)
     stacked = nnx.merge(graphdef, params)
-    parts = [nnx.split(period, nnx.Param) for period in periods]
+    parts: list[Any] = [nnx.split(period, nnx.Param) for period in periods]
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(part[1] for part in parts))
     stacked.model.periods = nnx.merge(parts[0][0], together)
     return stacked
@@ -111,8 +111,9 @@ def _to_decoding_form(model: HoloForCausalLM) -> HoloForCausalLM:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, Linear):
             module.weight = cast(module.weight)
-    graphdef, params = nnx.split(model.model.periods, nnx.Param)
+    stacked: Any = model.model.periods
+    graphdef, params = nnx.split(stacked, nnx.Param)
     count = model.config.num_periods
     split = [nnx.merge(graphdef, jax.tree.map(lambda leaf, n=n: leaf[n], params)) for n in range(count)]
-    model.model.periods = nnx.List(split)
+    model.model.periods = nnx.List(split)  # type: ignore[assignment]
     return model

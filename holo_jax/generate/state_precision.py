@@ -200,7 +200,8 @@ def _compress_mixer(mixer: Any, position: Array, seed: Array | int, before: Any,
         return jax.vmap(lambda m, k, e: store(m, dtype, k, e))(memory, keys, exponents)
 
     if isinstance(mixer, SsmState):
-        return mixer._replace(memory=stored(mixer.memory, before and before.memory, 0))
+        codes: Any = stored(mixer.memory, before and before.memory, 0)
+        return mixer._replace(memory=codes)
     if isinstance(mixer, MemoryMixerState):
         parts = {}
         for number, name in enumerate(("content", "position")):
