@@ -13,6 +13,6 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module.partition(".")[0]:
-            raise
-        raise ImportError(f"{error.name} is not installed; run: pip install 'holo-jax[{extra}]'") from None
+        if not error.name or not f"{module}.".startswith(f"{error.name}."):
+            raise  # it is installed, and lacks something itself
+        raise ImportError(f"{module} is not installed; run: pip install 'holo-jax[{extra}]'") from None
