@@ -48,7 +48,8 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.1
     config.optimizer.clip_norm = 1.0  # of the global gradient; 0: no clipping
 
-    config.mesh = ConfigDict()  # device mesh; the product must be the number of devices
+    config.mesh = ConfigDict()  # device mesh; the product of its axes must be the number of devices
+    config.mesh.devices = 0  # how many to use; 0: all
     config.mesh.data = -1  # batch; -1: all devices that the other axes leave
     config.mesh.fsdp = 1  # batch, with parameters and optimizer state sharded as well
     config.mesh.seq = 1  # sequence

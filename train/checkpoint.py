@@ -5,8 +5,10 @@ A step whose manifest is missing or does not hold is renamed ``STEP.bad-KIND`` a
 the one before takes its place.
 """
 
+import contextlib
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +24,8 @@ from train.sharding import path_name
 
 _ITEMS = ("state", "meta")
 _DELETING = ".deleting"
+_OVERHEAD_BYTES = 1 << 18  # metadata and manifests of a small checkpoint
+_SETTLE_TRIES, _SETTLE_SECONDS = 5, 0.2
 _QUARANTINED = re.compile(r"(\d+)\.bad-")
 
 
@@ -68,12 +72,16 @@ class CheckpointStore:
         self._config = config
         self._on_quarantine = on_quarantine
         self._primary = jax.process_index() == 0
+        self._save_failed = False
         try:
             directory.mkdir(parents=True, exist_ok=True)
             if self._primary:
                 self._clear_leftovers()
-            # Retention is ours: orbax would count a step that has no manifest.
-            options = ocp.CheckpointManagerOptions(save_root_metadata=False, create=False)
+            # Retention is ours, as orbax would count a step that has no manifest; and nothing of a step
+            # is read before it is verified.
+            options = ocp.CheckpointManagerOptions(
+                save_root_metadata=False, create=False, lightweight_initialize=True
+            )
             self._manager = ocp.CheckpointManager(directory.absolute(), options=options, item_names=_ITEMS)
         except OSError as error:
             raise CheckpointError(f"{directory} cannot be used: {error}") from None
@@ -101,13 +109,13 @@ class CheckpointStore:
           CheckpointError: if this or the previous save failed.
         """
         self.wait()
+        self._check_space(step, state)
         meta = meta | {"arrays": describe_arrays(state)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:
-            self._clear_leftovers()
-            raise CheckpointError(f"checkpoint {step} could not be written: {_one_line(error)}") from error
+            raise self._failed(step, error) from error
         self._commit = self._commits.submit(self._finish, step, metric)
 
     def check(self) -> None:
@@ -131,7 +139,9 @@ class CheckpointStore:
             self.wait()
         finally:
             self._commits.shutdown()
-            self._manager.close()
+            # After a failed save orbax raises its error once more here.
+            with contextlib.suppress(Exception) if self._save_failed else contextlib.nullcontext():
+                self._manager.close()
 
     def candidates(self) -> Iterator[int]:
         """Steps that verify, newest first; those that do not are quarantined on the way."""
@@ -202,12 +212,34 @@ class CheckpointStore:
             if self._primary:
                 write_manifest(self._path(step), {"step": step, "metric": metric})
         except Exception as error:
+            raise self._failed(step, error) from error
+        if self._primary:
+            self._delete_old()
+
+    def _check_space(self, step: int, state: Any) -> None:
+        """A full disk in the middle of a save is handled, but refusing beforehand is cleaner."""
+        try:
+            free = shutil.disk_usage(self.directory).free
+        except OSError as error:
+            raise CheckpointError(f"{self.directory} cannot be used: {error}") from None
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _OVERHEAD_BYTES
+        if size > free:
+            raise CheckpointError(
+                f"checkpoint {step} could not be written: No space left on device: it needs up to "
+                f"{size / 1e6:,.1f} MB and {free / 1e6:,.1f} MB are free; those before it are intact"
+            )
+
+    def _failed(self, step: int, error: Exception) -> CheckpointError:
+        """Removes what a failed save has written; its writers may still be at work for a moment."""
+        self._save_failed = True
+        for _ in range(_SETTLE_TRIES):
             self._clear_leftovers()
             if self._path(step).exists():
                 self._delete(step)
-            raise CheckpointError(f"checkpoint {step} could not be written: {_one_line(error)}") from error
-        if self._primary:
-            self._delete_old()
+            time.sleep(_SETTLE_SECONDS)
+        return CheckpointError(
+            f"checkpoint {step} could not be written: {_one_line(error)}; those before it are intact"
+        )
 
     def _delete_old(self) -> None:
         committed: dict[int, float | None] = {}
@@ -271,4 +303,4 @@ def compare_arrays(saved: dict[str, str], wanted: dict[str, str], where: Path) -
 
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + "..."
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-160:]}"

@@ -45,7 +45,7 @@ def _request(rest: list[str]) -> tuple[RunConfig, Path]:
 
 def main(arguments: list[str]) -> None:
     """Runs the training asked for and exits with the codes of ``train.errors``."""
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.FATAL)  # orbax's errors reach us as exceptions, said in one line
     config, workdir = _request(arguments[1:])
     from train.loop import train  # after the flags: a typo is answered without waiting for imports
 

@@ -63,7 +63,7 @@ def make_optimizer(config: OptimizerConfig, num_steps: int, axes: Any) -> optax.
     """Clipping by global norm, then AdamW (Loshchilov and Hutter, 2019) with decoupled weight decay.
 
     "muon" gives the blocks' matrices orthogonalised momentum instead (Jordan et al., 2024), at the
-    same learning rate.
+    same learning rate, and Nesterov's form of Adam to the rest.
 
     Args:
       config: hyper-parameters.

@@ -97,20 +97,19 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Sizes of the mesh axes. Fields are explained in ``configs/base.py``."""
+    """Devices and sizes of the mesh axes. Fields are explained in ``configs/base.py``."""
 
+    devices: int
     data: int
     fsdp: int
     seq: int
     tensor: int
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name == "data":
-                _require(value == -1 or value > 0, "mesh.data", value, "positive, or -1 for the devices left")
-            else:
-                _require(value > 0, f"mesh.{field.name}", value, "positive")
+        _not_negative("mesh.", self, "devices")
+        _positive("mesh.", self, "fsdp", "seq", "tensor")
+        allowed = self.data == -1 or self.data > 0
+        _require(allowed, "mesh.data", self.data, "positive, or -1 for the devices left")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

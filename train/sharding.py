@@ -29,25 +29,26 @@ RULES: Mapping[str, str | None] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh (data, fsdp, seq, tensor) over ``devices``, by default all.
+    """The mesh (data, fsdp, seq, tensor) over the first ``config.devices`` of ``devices``, by default all.
 
     Raises:
-      MeshError: if the sizes do not multiply to the number of devices.
+      MeshError: if there are too few, or the sizes do not multiply to their number.
     """
     devices = jax.devices() if devices is None else list(devices)
+    if config.devices > len(devices):
+        raise MeshError(f"mesh.devices is {config.devices}; it must be at most the {len(devices)} present")
+    devices = devices[: config.devices or None]
     sizes = [config.data, config.fsdp, config.seq, config.tensor]
     others = math.prod(sizes[1:])
     if sizes[0] == -1:
         if len(devices) % others:
             raise MeshError(
-                f"mesh fsdp x seq x tensor = {others} must divide the {len(devices)} devices present"
+                f"mesh fsdp x seq x tensor = {others} must divide the {len(devices)} device(s) used"
             )
         sizes[0] = len(devices) // others
     if math.prod(sizes) != len(devices):
         shape = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-        raise MeshError(
-            f"mesh {shape} = {math.prod(sizes)}; it must equal the {len(devices)} devices present"
-        )
+        raise MeshError(f"mesh {shape} = {math.prod(sizes)}; it must equal the {len(devices)} device(s) used")
     # Auto leaves the inner layout to the compiler; jax.make_mesh's own default is Explicit.
     return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from absl import logging
 
 import train.checkpoint
 import train.loop
@@ -28,9 +29,12 @@ _PROCESSES.set_forkserver_preload(["tests.train.child"])
 LOG = "child.log"
 
 
-def start(workdir: Path, overrides: dict[str, Any] | None = None, **faults: Any) -> Any:
-    """Starts a micro run on one device in ``workdir``; its output goes to ``workdir``.log."""
-    process = _PROCESSES.Process(target=_main, args=(workdir, overrides or {}, faults))
+def start(
+    workdir: Path, overrides: dict[str, Any] | None = None, *, log: Path | None = None, **faults: Any
+) -> Any:
+    """Starts a micro run on one device in ``workdir``; its output is added to ``workdir``.log, or ``log``."""
+    log = log or workdir.with_suffix(".log")
+    process = _PROCESSES.Process(target=_main, args=(workdir, overrides or {}, faults, log))
     process.start()
     return process
 
@@ -53,10 +57,11 @@ def output(workdir: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-def _main(workdir: Path, overrides: dict[str, Any], faults: dict[str, Any]) -> None:
-    with open(workdir.with_suffix(".log"), "a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+def _main(workdir: Path, overrides: dict[str, Any], faults: dict[str, Any], log: Path) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    logging.set_verbosity(logging.FATAL)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     with contextlib.ExitStack() as stack:
         for name, value in faults.items():
@@ -126,22 +131,71 @@ def die_in_save(when: tuple[int, float]) -> Any:
     return _replaced(train.checkpoint.CheckpointStore, "save", make)
 
 
+def fill_disk(how: tuple[int, str]) -> Any:
+    """Fills the run directory's disk but for some KiB: after the row of step 7, or in the save of step 8."""
+    room, when = how
+
+    def fill(workdir: Path) -> None:
+        with open(workdir / "filler", "wb", buffering=0) as filler:
+            with contextlib.suppress(OSError):
+                while True:
+                    filler.write(bytes(1024))
+            filler.truncate(max(0, filler.tell() - 1024 * room))
+
+    def make_write(write: Any) -> Any:
+        def wrapped(self: Any, row: Any) -> None:
+            write(self, row)
+            if row["step"] == 7:
+                fill(self.path.parent)
+
+        return wrapped
+
+    def make_save(check_space: Any) -> Any:
+        def wrapped(self: Any, step: int, state: Any) -> None:
+            check_space(self, step, state)
+            if step == 8:
+                fill(self.directory.parent)
+
+        return wrapped
+
+    def make_manifest(write_manifest: Any) -> Any:
+        def wrapped(directory: Path, record: dict[str, Any]) -> None:
+            if record["step"] == 8:
+                fill(directory.parent.parent)
+            write_manifest(directory, record)
+
+        return wrapped
+
+    return {
+        "row": lambda: _replaced(train.metrics.MetricsLog, "write", make_write),
+        "save": lambda: _replaced(train.checkpoint.CheckpointStore, "_check_space", make_save),
+        "manifest": lambda: _replaced(train.checkpoint, "write_manifest", make_manifest),
+    }[when]()
+
+
 def stall(phase: str) -> Any:
-    """Hangs where the third batch is put on the device, or in the save of step 12."""
+    """Hangs at start-up, at the third batch, in the third step, or in the save of step 12."""
 
     def make(original: Any) -> Any:
         calls = []
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             calls.append(1)
-            if args[1] == 12 if phase == "save" else len(calls) == 3:
+            if {"startup": True, "save": args[1:2] == (12,)}.get(phase, len(calls) == 3):
                 time.sleep(600)
             return original(*args, **kwargs)
 
         return wrapped
 
-    place = {"data": (train.loop, "put_batch"), "save": (train.checkpoint.CheckpointStore, "save")}[phase]
-    return _replaced(*place, make)
+    return _replaced(
+        *{
+            "startup": (train.loop, "open_inputs"),
+            "data": (train.loop, "put_batch"),
+            "step": (train.loop._Recorder, "flush"),
+            "save": (train.checkpoint.CheckpointStore, "save"),
+        }[phase],
+        make,
+    )
 
 
 def slow(seconds: float) -> Any:
@@ -229,6 +283,7 @@ FAULTS = {
     "die_after_row": die_after_row,
     "die_before_manifest": die_before_manifest,
     "die_in_save": die_in_save,
+    "fill_disk": fill_disk,
     "poison": poison,
     "slow": slow,
     "stall": stall,

@@ -28,7 +28,7 @@ def test_every_configuration_instantiates(name: str) -> None:
     values = load(name)
     assert values.is_locked and values.name == name
     config = RunConfig.from_dict(values.to_dict())
-    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    mesh = make_mesh(config.mesh, jax.devices()[:1])  # every one runs on a single device
     check_batch(mesh, config.global_batch_size, config.accumulation_steps, config.context_length)
     functions, steps = build(config.model, config.optimizer, config.num_steps, mesh)
     assert jax.tree.structure(steps.shapes) == jax.tree.structure(steps.shardings)

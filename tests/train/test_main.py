@@ -29,7 +29,7 @@ BAD = [
     (["--resume=nowhere"], "nowhere is no run directory"),
     (["--resume=broken"], "config.json cannot be read"),
     (["--resume=half"], "name is missing"),
-    ([QUICKSTART, "--config.mesh.fsdp=3"], "must divide the 8 devices"),
+    ([QUICKSTART, "--config.mesh.fsdp=3"], "must divide the 1 device(s) used"),
     ([QUICKSTART, "--config.data.source=prepared", "--config.data.paths=('nowhere',)"], "nowhere"),
 ]
 

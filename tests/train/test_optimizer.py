@@ -60,3 +60,34 @@ def test_one_update_by_hand() -> None:
     # The first Adam step moves by the learning rate against the sign; decay adds rate * 0.5 * 2.
     np.testing.assert_allclose(updates["vector"], -0.1, rtol=1e-5)
     np.testing.assert_allclose(updates["matrix"], -0.1 - 0.1, rtol=1e-5)
+
+
+def test_muon_levels_the_spectrum_of_the_blocks_matrices_only() -> None:
+    config = micro_config(
+        optimizer__name="muon",
+        optimizer__learning_rate=0.1,
+        optimizer__warmup_steps=0,
+        optimizer__final_ratio=1.0,
+        optimizer__weight_decay=0.0,
+        optimizer__clip_norm=0.0,
+    ).optimizer
+    axes = {
+        "block": ("layers", "embed", "mlp"),
+        "gate": ("layers", "embed", "heads"),
+        "table": ("vocab", "embed"),
+    }
+    shapes = {"block": (2, 32, 16), "gate": (2, 32, 2), "table": (64, 32)}
+    key = jax.random.key(0)
+    params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
+    grads = {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
+    optimizer = make_optimizer(config, 10, axes)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    for name in ("gate", "table"):
+        # Adam with Nesterov momentum: the first step is the sign, (1 + b1 / (1 + b1)) times the rate.
+        expected = -0.1 * (1 + 0.9 / 1.9) * np.sign(grads[name])
+        np.testing.assert_allclose(updates[name], expected, rtol=1e-3)
+    for layer in range(2):
+        spectrum = np.linalg.svd(updates["block"][layer], compute_uv=False)
+        before = np.linalg.svd(grads["block"][layer], compute_uv=False)
+        assert spectrum.max() / spectrum.min() < 2 < before.max() / before.min()
+        assert np.sum(np.asarray(updates["block"][layer]) * np.asarray(grads["block"][layer])) < 0
