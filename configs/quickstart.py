@@ -19,6 +19,8 @@ def get_config() -> ConfigDict:
     config.global_batch_size = 4
     config.context_length = 512
 
+    config.mesh.devices = 1  # so small a batch gains nothing from more
+
     config.model.vocab_size = 258  # bytes, begin, end
     config.model.hidden_size = 128
     config.model.hd_dim = 128
@@ -29,6 +31,7 @@ def get_config() -> ConfigDict:
     config.model.precision.storage = "float32"  # CPUs have no fast bfloat16 product
 
     config.model.phase_scale = 0.7
+    config.model.value_conv = 4
     config.model.chunk_size = 32
 
     config.optimizer.name = "muon"

@@ -64,9 +64,7 @@ def summarize(
     part.replace(workdir / SUMMARY_FILE)
     if config.eval.sample_tokens:
         say(f"sample:\n{_sample(config, inputs, functions, params)}")
-    say(
-        f"in {workdir}: {SUMMARY_FILE}, {LOSS_FILE}, {METRICS_FILE}, config.json, checkpoints/, tensorboard/"
-    )
+    say(f"in {workdir}: {SUMMARY_FILE}, {LOSS_FILE}, {METRICS_FILE}, config.json, checkpoints/, tensorboard/")
     return summary
 
 
