@@ -277,47 +277,49 @@ _PANELS = {
 }
 
 
+_FLOOR = 1e-4  # least error drawn; what is smaller stands on the axis
+
+
 def _decoder_figure(results: Results, theme: str):
     dims = results.settings["decoder_dimensions"]
+    target = results.settings["target_mse"]
+    loads = results.settings["decoder_pairs"]
     figure, axes = plots.grid(2, len(dims), size=(4.6, 3.8), sharex=True, sharey=True)
-    names = {"linear": "linear", "mlp": "linear + MLP denoiser", "nearest": "nearest word (ideal)"}
-    floor = 1e-6
+    names = {"linear": "linear", "mlp": "linear + MLP denoiser", "nearest": "nearest word (ideal clean-up)"}
     for row, values in enumerate(("codebook", "gaussian")):
         for axis, d in zip(axes[row], dims, strict=True):
             where = {"section": "decoder", "values": values, "dimension": d}
             for index, (decoder, label) in enumerate(names.items()):
-                mine = [
-                    v
-                    for v in results.select("mse", source="measured", decoder=decoder, **where)
-                    if v.value > floor
-                ]
-                if mine or decoder != "nearest":
-                    look = {"colour": plots.PALETTE[(1, 0, 2)[index]], "marker": plots.MARKERS[index]}
-                    plots.line(axis, mine, "pairs", label=label, **look)
+                mine = results.select("mse", source="measured", decoder=decoder, **where)
+                if not mine:
+                    continue
+                mine = sorted(mine, key=lambda v: v.where["pairs"])
+                axis.plot(
+                    [v.where["pairs"] for v in mine],
+                    [max(v.value, _FLOOR) for v in mine],
+                    color=plots.PALETTE[(1, 0, 2)[index]],
+                    marker=plots.MARKERS[index],
+                    label=label,
+                    clip_on=False,
+                )
             bound = sorted(results.select("mse", source="theory", **where), key=lambda v: v.where["pairs"])
-            bound = [v for v in bound if v.value > floor]
             axis.plot(
                 [v.where["pairs"] for v in bound],
-                [v.value for v in bound],
+                [max(v.value, _FLOOR) for v in bound],
                 color=plots.ink(theme),
                 lw=1.2,
                 ls="--",
                 label="linear optimum, theory",
             )
-            axis.axhline(results.settings["target_mse"], color=plots.muted(theme), lw=1.2, ls=":")
+            axis.axhline(target, color=plots.muted(theme), lw=1.2, ls=":")
+            place = dict(ha="right", va="bottom", transform=axis.get_yaxis_transform())
+            axis.text(1, target, f"claim {target:g} ", fontsize=9, color=plots.muted(theme), **place)
             axis.set_yscale("log")
-            axis.set_ylim(floor, 2)
-            plots.log_ticks(axis, "x", results.settings["decoder_pairs"])
+            axis.set_ylim(_FLOOR, 2)
+            plots.log_ticks(axis, "x", loads)
             axis.set_title(f"{values} values, D = {d:,}")
             axis.set_xlabel("pairs stored N" if row else "")
         axes[row, 0].set_ylabel("mean square error")
-    axes[0, 0].text(
-        results.settings["decoder_pairs"][0],
-        results.settings["target_mse"] * 0.82,
-        f"claim: {results.settings['target_mse']:g}",
-        fontsize=9,
-        va="top",
-        color=plots.muted(theme),
-    )
-    axes[0, -1].legend(loc="lower right", fontsize=8.5)
+    axes[0, -1].legend(loc="upper left", fontsize=8.5)
+    axes[1, 0].set_xlabel(f"pairs stored N (on the axis: at most {_FLOOR:g})")
     return figure

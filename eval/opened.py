@@ -4,15 +4,15 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from flax import nnx
 
 from holo_jax import HoloConfig, HoloForCausalLM
 from holo_jax.precision import Precision
+from holo_jax.pretrained import load_pretrained
+from holo_jax.tokenizers import Tokenizer, load_tokenizer
 from train.corpus.dataset import Document
 from train.corpus.prepared import PreparedDataset
-from train.corpus.tokenizers import load_tokenizer
 from train.data import python_source
 
 RANDOM = "random"
@@ -29,7 +29,7 @@ class Opened:
     """
 
     model: HoloForCausalLM
-    tokenizer: Any
+    tokenizer: Tokenizer
     name: str
 
     @property
@@ -42,9 +42,8 @@ def open_model(checkpoint: str, random_model: dict) -> Opened:
     """A trained model, or one as it is before training.
 
     Args:
-      checkpoint: a run directory, a checkpoint in it, or an exported model: what
-        ``holo_jax.load_pretrained`` takes. "random" builds ``random_model`` with a byte tokenizer instead:
-        a check of the harness whose answers are known.
+      checkpoint: a run directory or a checkpoint in it: what ``holo_jax.load_pretrained`` takes. "random"
+        builds ``random_model`` with a byte tokenizer instead: a check whose answers are known.
       random_model: ``preset``, ``seed`` and fields of ``HoloConfig``.
 
     Raises:
@@ -57,12 +56,10 @@ def open_model(checkpoint: str, random_model: dict) -> Opened:
         model = HoloForCausalLM(config, rngs=nnx.Rngs(random_model["seed"]))
         opened = Opened(model, load_tokenizer("bytes"), f"{random_model['preset']}, untrained")
     else:
-        from holo_jax import load_pretrained
-
         loaded = load_pretrained(checkpoint)
-        opened = Opened(loaded.model, loaded.tokenizer, Path(checkpoint).name)
-    if opened.tokenizer is None:
-        raise ValueError(f"{checkpoint} has no tokenizer; evaluations on text need one")
+        if loaded.tokenizer is None:
+            raise ValueError(f"{checkpoint} has no tokenizer; evaluations on text need one")
+        opened = Opened(loaded.model, loaded.tokenizer, f"{_run_name(Path(checkpoint))}, step {loaded.step}")
     if opened.tokenizer.vocab_size > opened.config.vocab_size:
         raise ValueError(
             f"the tokenizer has {opened.tokenizer.vocab_size} ids; the model only {opened.config.vocab_size}"
@@ -70,7 +67,13 @@ def open_model(checkpoint: str, random_model: dict) -> Opened:
     return opened
 
 
-def open_documents(data: str, split: str, *, min_tokens: int) -> tuple[Iterator[Document], Any, str]:
+def _run_name(path: Path) -> str:
+    """A run's name, also from the path of one of its checkpoints."""
+    resolved = path.resolve()
+    return resolved.parent.parent.name if resolved.parent.name == "checkpoints" else resolved.name
+
+
+def open_documents(data: str, split: str, *, min_tokens: int) -> tuple[Iterator[Document], Tokenizer, str]:
     """Whole documents of a corpus.
 
     Args:

@@ -10,7 +10,7 @@ from configs.eval import choose
 
 _VARIANTS = {
     "full": dict(
-        checkpoint="",  # run directory, checkpoint or exported model; "random" for random_model
+        checkpoint="",  # run directory or a checkpoint in it; "random" for random_model
         random_model=dict(
             preset="holo", seed=0, vocab_size=258, hidden_size=32, hd_dim=32, head_dim=16, phasors=8,
             num_hidden_layers=1,

@@ -13,7 +13,7 @@ from eval.common import freeze, load_config
 from eval.opened import Opened
 from eval.results import Results
 from holo_jax import FULL, HoloConfig, HoloForCausalLM
-from train.corpus.tokenizers import load_tokenizer
+from holo_jax.tokenizers import load_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed; it comes with the [eval] extra")
 pytestmark = pytest.mark.filterwarnings("ignore")  # third-party imports warn

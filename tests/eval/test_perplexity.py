@@ -14,8 +14,8 @@ from eval.protocols import Reading, readings
 from eval.results import Results
 from eval.token_losses import LossReader, read_all
 from holo_jax import FULL, HoloConfig, HoloForCausalLM
+from holo_jax.tokenizers import load_tokenizer
 from train.corpus.dataset import Document
-from train.corpus.tokenizers import load_tokenizer
 
 SMALL = dict(vocab_size=32, hidden_size=16, hd_dim=16, head_dim=8, num_hidden_layers=1, precision=FULL)
 
