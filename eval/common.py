@@ -19,9 +19,20 @@ from ml_collections import ConfigDict, config_flags
 from eval import plots, provenance
 from eval.progress import Steps
 from eval.results import Results, Value, write_atomically
+from holo_jax.pretrained import PretrainedError
+from holo_jax.tokenizers import TokenizerError
+from train.corpus.errors import DataError
 
 _WRITE_EVERY = 20.0  # seconds between writes of partial results
 _UNFINISHED = "unfinished: the run was still going, or was stopped, when this file was written"
+
+
+class UsageError(ValueError):
+    """What was asked for cannot be evaluated; the message is complete in one line."""
+
+
+# Refusals that tell the user what to change: one line, no traceback, exit code 2.
+_REFUSALS = (UsageError, PretrainedError, TokenizerError, DataError)
 
 
 class Reporter:
@@ -192,8 +203,12 @@ def run(
     reporter = Reporter(
         name, settings, seeds(settings), out=out, command=provenance.command(f"eval.{name}", argv)
     )
-    with reporter.steps:
-        evaluate(settings, reporter)
+    try:
+        with reporter.steps:
+            evaluate(settings, reporter)
+    except _REFUSALS as error:
+        print(f"eval.{name}: {error}", file=sys.stderr)
+        return 2
     results = reporter.results()
     path = results.write(out)
     for stem, figure in figures(results, "light").items():

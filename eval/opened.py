@@ -7,6 +7,7 @@ from pathlib import Path
 
 from flax import nnx
 
+from eval.common import UsageError
 from holo_jax import HoloConfig, HoloForCausalLM
 from holo_jax.precision import Precision
 from holo_jax.pretrained import load_pretrained
@@ -47,7 +48,7 @@ def open_model(checkpoint: str, random_model: dict) -> Opened:
       random_model: ``preset``, ``seed`` and fields of ``HoloConfig``.
 
     Raises:
-      ValueError: if there is no tokenizer or it has more ids than the model.
+      UsageError: if there is no tokenizer or it has more ids than the model.
     """
     if checkpoint == RANDOM:
         fields = {k: v for k, v in random_model.items() if k not in ("preset", "seed", "storage")}
@@ -58,10 +59,10 @@ def open_model(checkpoint: str, random_model: dict) -> Opened:
     else:
         loaded = load_pretrained(checkpoint)
         if loaded.tokenizer is None:
-            raise ValueError(f"{checkpoint} has no tokenizer; evaluations on text need one")
+            raise UsageError(f"{checkpoint} has no tokenizer; evaluations on text need one")
         opened = Opened(loaded.model, loaded.tokenizer, f"{_run_name(Path(checkpoint))}, step {loaded.step}")
     if opened.tokenizer.vocab_size > opened.config.vocab_size:
-        raise ValueError(
+        raise UsageError(
             f"the tokenizer has {opened.tokenizer.vocab_size} ids; the model only {opened.config.vocab_size}"
         )
     return opened

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from eval import common, perplexity_view
-from eval.common import Reporter
+from eval.common import Reporter, UsageError
 from eval.failures import as_status
 from eval.intervals import bootstrap
 from eval.opened import RANDOM, limit, open_documents, open_model, take_by_subset
@@ -146,13 +146,13 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         settings.data, settings.split, min_tokens=settings.min_tokens
     )
     if tokenizer.vocab_size != opened.tokenizer.vocab_size:
-        raise ValueError(
+        raise UsageError(
             f"{settings.data} was tokenized with {tokenizer.vocab_size} ids, the model's tokenizer has "
             f"{opened.tokenizer.vocab_size}; prepare the data with the model's tokenizer"
         )
     documents = take_by_subset(limit(stream, settings.scan), settings.documents, subsets=settings.subsets)
     if not documents:
-        raise ValueError(
+        raise UsageError(
             f"{settings.data} has no document of {settings.min_tokens} tokens in {settings.split!r}"
         )
     tokens = [document.tokens[: settings.max_tokens] for document in documents]
