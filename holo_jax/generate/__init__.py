@@ -9,6 +9,7 @@
 States are values: nothing here changes one that it was given.
 """
 
+from holo_jax.generate.checks import CacheFullError
 from holo_jax.generate.decoding import Generated, generate
 from holo_jax.generate.forms import decoding_form, state_bytes, take_rows
 from holo_jax.generate.reading import Reading, decode_step, init_state, prefill
@@ -17,6 +18,7 @@ from holo_jax.generate.state_precision import STATE_DTYPES, compress_state, expa
 
 __all__ = [
     "STATE_DTYPES",
+    "CacheFullError",
     "Generated",
     "Reading",
     "Sampling",

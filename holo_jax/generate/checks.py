@@ -15,6 +15,10 @@ from holo_jax.model import ModelState
 Row = np.ndarray
 
 
+class CacheFullError(ValueError):
+    """An attention cache has no room for what is to be read or generated."""
+
+
 def as_count(name: str, value: Any, least: int) -> int:
     """``value`` as an int.
 
@@ -104,14 +108,14 @@ def cache_use(state: ModelState) -> tuple[int, np.ndarray] | None:
 
 
 def check_room(state: ModelState, config: HoloConfig, needed: np.ndarray) -> None:
-    """Raises ``ValueError`` if a row's attention cache has no room for ``needed`` more tokens."""
+    """Raises ``CacheFullError`` if a row's attention cache has no room for ``needed`` more tokens."""
     if config.attention_window or (use := cache_use(state)) is None:
         return
     slots, used = use
     total = used + np.asarray(needed)
     worst = int(total.argmax())
     if total[worst] > slots:
-        raise ValueError(
+        raise CacheFullError(
             f"the attention cache is full: it has {slots} slots, row {worst} has used {int(used[worst])} and"
             f" needs {int(total[worst] - used[worst])} more; make the state with"
             f" cache_length >= {int(total[worst])}"

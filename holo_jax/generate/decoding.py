@@ -120,8 +120,9 @@ def generate(
       piece_size: see ``prefill``.
 
     Raises:
-      ValueError: for an empty prompt, an id out of range, a count below 1, too little room in an attention
-        cache, or arguments that do not fit together.
+      ValueError: for an empty prompt, an id out of range, a count below 1, or arguments that do not fit
+        together.
+      CacheFullError: if attention layers have no room for prompts and new tokens.
       TypeError: for ids, counts or seeds that are not integers.
       FloatingPointError: if the model's logits are not finite.
     """

@@ -109,8 +109,9 @@ def prefill(
       Logits for the next token and the state, of the same dtype and form as the one given.
 
     Raises:
-      ValueError: for no prompts, an empty one, an id out of range, a state with another number of rows, a
-        full attention cache, or a ``piece_size`` below 1.
+      ValueError: for no prompts, an empty one, an id out of range, a state with another number of rows, or a
+        ``piece_size`` below 1.
+      CacheFullError: if attention layers have no room.
       TypeError: for ids that are not integers.
     """
     config = model.config
@@ -149,7 +150,9 @@ def decode_step(
       active: rows that read; the others keep their state, and their logits mean nothing. All if None.
 
     Raises:
-      ValueError: for an id out of range, another number of tokens than rows, or a full attention cache.
+      ValueError: for an id out of range, or another number of tokens than rows.
+      TypeError: for tokens that are not integers.
+      CacheFullError: if attention layers have no room.
     """
     ids = np.asarray(tokens)
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
