@@ -9,7 +9,7 @@ import numpy as np
 
 from train.corpus.dataset import Dataset, Document, Mixture, Record, segments_to_record
 from train.corpus.prepared import PreparedDataset
-from train.corpus.tokenizers import Tokenizer
+from train.corpus.tokenizers import Tokenizer, describe_tokenizer
 from train.data import python_source
 from train.errors import ConfigError
 from train.run_config import DataConfig, RunConfig
@@ -34,7 +34,10 @@ class Inputs:
     @property
     def identity(self) -> dict[str, str]:
         """Fingerprints by name; a run is resumed with the same ones only."""
-        return {"data.train": self.train.fingerprint, "data.heldout": self.heldout.fingerprint}
+        named = {"data.train": self.train.fingerprint, "data.heldout": self.heldout.fingerprint}
+        if self.tokenizer is not None:
+            named["data.tokenizer"] = describe_tokenizer(self.tokenizer)["sha256"]
+        return named
 
     def heldout_documents(self) -> Iterator[Document]:
         """Every held-out document, whole."""

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,13 @@ from jax.sharding import Mesh
 
 from holo_jax.config import HoloConfig
 from holo_jax.model import count_parameters
+from holo_jax.pretrained import TOKENIZER
 from train.checkpoint import CheckpointStore
 from train.corpus.dataset import Record
+from train.corpus.tokenizers import save_tokenizer
 from train.data import Loader, make_loader
-from train.decisions import Rollback, append_rollback, batch_of_step, before, read_rollbacks
-from train.errors import DivergedError, StorageError
+from train.decisions import Rollback, batch_of_step, before, read_rollbacks
+from train.errors import StorageError
 from train.evaluate import check_heldout, heldout_batches, mean_loss
 from train.inputs import Inputs, open_inputs
 from train.lock import RunLock
@@ -27,11 +28,12 @@ from train.model_functions import ModelFunctions, model_functions
 from train.optimizer import learning_rate_schedule, make_optimizer
 from train.preemption import StopRequest, stop_on_signals
 from train.progress import ProgressDisplay
+from train.recorder import Recorder, RollbackNeeded
 from train.resume import CHECKPOINT_DIRECTORY, check_identity, restore_newest, write_identity
+from train.rollback import decide_rollback
 from train.run_config import OptimizerConfig, RunConfig
 from train.sharding import batch_sharding, check_batch, make_mesh, put_batch, replicated
-from train.spikes import SpikeDetector
-from train.step import StepFunctions, StepMetrics, TrainState, make_step_functions
+from train.step import StepFunctions, TrainState, make_step_functions
 from train.summary import summarize
 from train.watchdog import Watchdog
 
@@ -128,14 +130,6 @@ class _Run:
     rollbacks: list[Rollback]
 
 
-class _RollbackNeeded(Exception):
-    """Too many steps in a row were skipped; ``step`` is the last of them."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(step)
-        self.step = step
-
-
 def _open_run(
     stack: contextlib.ExitStack,
     config: RunConfig,
@@ -154,6 +148,8 @@ def _open_run(
         lock = RunLock(workdir)
         stack.callback(lock.close)
         write_identity(workdir, config, inputs.identity)
+        if inputs.tokenizer is not None:
+            save_tokenizer(inputs.tokenizer, workdir / TOKENIZER)
     except OSError as error:
         raise StorageError(f"{workdir} cannot be written: {error.strerror}") from None
     store = CheckpointStore(
@@ -171,23 +167,27 @@ def _open_run(
 
 def _run(run: _Run) -> Result:
     """Restores and trains, as often as a rollback asks for it; then sums up."""
+    config = run.config
     while True:
         state = _start(run)
         step = int(state.step)
-        log = MetricsLog(run.workdir, step, tensorboard=run.config.log.tensorboard)
+        log = MetricsLog(run.workdir, step, tensorboard=config.log.tensorboard)
         if missing := log.missing_steps(step):
             run.display.message(f"warning: {log.path} lacks {missing} of the first {step} steps")
         try:
             state = _train_steps(run, state, log)
             break
-        except _RollbackNeeded as needed:
-            _decide_rollback(run, needed.step)
+        except RollbackNeeded as needed:
+            run.watchdog.arm("save")
+            decide_rollback(
+                run.workdir, run.store, run.rollbacks, config.guard, needed.step, run.display.message
+            )
         finally:
             log.close()
     step = int(state.step)
     run.watchdog.arm("save")
     run.store.wait()
-    if run.stop and step < run.config.num_steps:
+    if run.stop and step < config.num_steps:
         run.display.message(f"stopped by {run.stop.signal_name} after step {step}; start again to go on")
         return Result(step, run.stop.signal_name, {})
     run.watchdog.disarm()
@@ -226,7 +226,7 @@ def _train_steps(run: _Run, state: TrainState, log: MetricsLog) -> TrainState:
     """Steps until the end or a stop, with evaluations and checkpoints on the way."""
     config, steps, rows_at = run.config, run.steps, batch_sharding(run.mesh)
     first = int(state.step)
-    recorder = _Recorder(run, log)
+    recorder = Recorder(config.guard, log, run.display)
     run.display.start(first)
     save_owed = False
     with contextlib.ExitStack() as stack:
@@ -259,52 +259,6 @@ def _train_steps(run: _Run, state: TrainState, log: MetricsLog) -> TrainState:
             if run.stop:
                 break
     return state
-
-
-class _Recorder:
-    """Fetches the metrics of the last step, one step late, and records them."""
-
-    def __init__(self, run: _Run, log: MetricsLog) -> None:
-        self._run, self._log = run, log
-        self._spikes = SpikeDetector(run.config.guard)
-        for row in log.recent:
-            self._observe(row)
-        self._since = time.monotonic()
-        self.pending: tuple[int, int, StepMetrics] | None = None
-
-    def flush(self, extra: dict[str, float] | None = None) -> int:
-        """Records the pending step, if any; returns how many steps in a row were skipped by then."""
-        if self.pending is None:
-            return 0
-        done, number, on_device = self.pending
-        self.pending = None
-        metrics = jax.device_get(on_device)
-        now = time.monotonic()
-        row = {
-            "step": done,
-            "batch": number,
-            "loss": float(metrics.loss),
-            "grad_norm": float(metrics.grad_norm),
-            "learning_rate": float(metrics.learning_rate),
-            "num_targets": int(metrics.num_targets),
-            "skipped": int(metrics.skipped),
-            "seconds": round(now - self._since, 6),
-        }
-        self._since = now
-        row |= extra or {}
-        self._log.write(row)
-        self._run.display.update(row)
-        if warning := self._observe(row):
-            self._run.display.message(f"warning: {warning}")
-        if row["skipped"]:
-            self._run.display.message(f"warning: step {done} (batch {number}) was not finite; it was skipped")
-        if metrics.nonfinite_run >= self._run.config.guard.max_nonfinite_steps:
-            raise _RollbackNeeded(done)
-        return int(metrics.nonfinite_run)
-
-    def _observe(self, row: dict[str, Any]) -> str | None:
-        loss = row["loss"]
-        return self._spikes.observe(row["step"], row["batch"], float("nan") if loss is None else loss)
 
 
 def _loader(run: _Run, step: int) -> Loader:
@@ -352,32 +306,3 @@ def _save(
     log.sync()
     run.lock.check_present()
     run.store.save(step, state, _meta(run, step, nonfinite_run), metric)
-
-
-def _decide_rollback(run: _Run, at_step: int) -> None:
-    """Goes back to the last checkpoint before the run of skipped steps, leaving out the data since then.
-
-    Raises:
-      DivergedError: if the allowed number of rollbacks is used up.
-    """
-    guard = run.config.guard
-    reason = f"{guard.max_nonfinite_steps} non-finite steps in a row up to step {at_step}"
-    if len(run.rollbacks) >= guard.max_rollbacks:
-        raise DivergedError(
-            f"{reason}, and {len(run.rollbacks)} rollback(s) did not help; lower optimizer.learning_rate "
-            "or look at the data of these batches"
-        )
-    run.watchdog.arm("save")
-    run.store.wait()
-    for step in run.store.candidates():
-        if step <= at_step - guard.max_nonfinite_steps and not run.store.read_meta(step)["nonfinite_run"]:
-            break
-    else:
-        raise DivergedError(f"{reason}, and no checkpoint from before them is left to go back to")
-    rollback = Rollback(step, batch_of_step(at_step, run.rollbacks), at_step, reason)
-    append_rollback(run.workdir, rollback)
-    run.rollbacks.append(rollback)
-    run.display.message(
-        f"rollback: {reason}; back to checkpoint {step}, going on with batch {rollback.batch} "
-        f"({len(run.rollbacks)} of {guard.max_rollbacks})"
-    )

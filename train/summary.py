@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+from holo_jax.generate import Sampling, generate
 from holo_jax.model import count_parameters
 from train.evaluate import bits_per_byte, compressor_bits_per_byte
 from train.inputs import Inputs
@@ -15,11 +17,15 @@ from train.metrics import METRICS_FILE, iterate_rows
 from train.model_functions import ModelFunctions, Params
 from train.plots import LOSS_FILE, plot_loss
 from train.run_config import RunConfig
-from train.sample import sample_tokens
 from train.sharding import batch_sharding
 from train.step import StepFunctions
 
 SUMMARY_FILE = "summary.json"
+
+_NEXT = """next:
+  use it       python -c "import holo_jax; run = holo_jax.load_pretrained('{workdir}'); print(run.config)"
+  train more   python -m train.main --config=configs/{name}.py --config.num_steps={steps} --workdir={longer}
+  own text     python -m train.prepare --help"""
 
 
 def summarize(
@@ -65,6 +71,11 @@ def summarize(
     if config.eval.sample_tokens:
         say(f"sample:\n{_sample(config, inputs, functions, params)}")
     say(f"in {workdir}: {SUMMARY_FILE}, {LOSS_FILE}, {METRICS_FILE}, config.json, checkpoints/, tensorboard/")
+    say(
+        _NEXT.format(
+            workdir=workdir, name=config.name, steps=3 * config.num_steps, longer=f"{workdir}-longer"
+        )
+    )
     return summary
 
 
@@ -94,13 +105,12 @@ def _sample(config: RunConfig, inputs: Inputs, functions: ModelFunctions, params
     assert tokenizer is not None  # open_inputs checks it
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompt = [*begin, *tokenizer.encode(config.eval.sample_prompt)]
-    drawn = sample_tokens(
-        functions,
-        params,
-        prompt,
-        config.eval.sample_tokens,
-        vocab_size=tokenizer.vocab_size,
-        temperature=config.eval.sample_temperature,
-        seed=config.seed,
+    generated = generate(
+        functions.model(jax.device_get(params)),
+        [prompt],
+        max_new_tokens=config.eval.sample_tokens,
+        sampling=Sampling(temperature=config.eval.sample_temperature),
+        seeds=config.seed,
+        allowed_tokens=tokenizer.vocab_size,
     )
-    return tokenizer.decode([*prompt, *drawn])
+    return tokenizer.decode([*prompt, *generated.tokens[0]])

@@ -21,6 +21,7 @@ from absl import logging
 import train.checkpoint
 import train.loop
 import train.metrics
+import train.recorder
 from tests.train.common import micro_config
 from train.errors import EXIT_PREEMPTED, TrainError
 
@@ -191,7 +192,7 @@ def stall(phase: str) -> Any:
         *{
             "startup": (train.loop, "open_inputs"),
             "data": (train.loop, "put_batch"),
-            "step": (train.loop._Recorder, "flush"),
+            "step": (train.recorder.Recorder, "flush"),
             "save": (train.checkpoint.CheckpointStore, "save"),
         }[phase],
         make,

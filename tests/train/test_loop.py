@@ -62,6 +62,7 @@ def test_a_run_leaves_what_it_promises(uninterrupted) -> None:
         "metrics.jsonl",
         "summary.json",
     }
+    assert "in " + str(workdir) in messages[-2] and messages[-1].startswith("next:")
     assert {int(path.name) for path in (workdir / "checkpoints").iterdir()} == {4, 8, 12}
     assert json.loads((workdir / "summary.json").read_text()) == result.summary
     assert result.summary["params"] == 4784 and result.summary["tokens"] == 12 * 8 * 16
