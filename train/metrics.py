@@ -22,6 +22,7 @@ TENSORBOARD_DIRECTORY = "tensorboard"
 Row = dict[str, Any]
 
 _RECENT = 1024
+_MAX_LINE_BYTES = 1 << 20  # a longer line is damage, and is read in pieces
 
 
 def iterate_rows(path: Path) -> Iterator[Row]:
@@ -32,7 +33,7 @@ def iterate_rows(path: Path) -> Iterator[Row]:
     except FileNotFoundError:
         return
     with file:
-        for line in file:
+        while line := file.readline(_MAX_LINE_BYTES):
             try:
                 row = json.loads(line)
                 step = row["step"]

@@ -9,7 +9,7 @@ from train.checkpoint import CheckpointStore, Restored
 from train.decisions import DECISIONS_FILE, Rollback, before
 from train.errors import CheckpointError, ResumeError, UsageError
 from train.metrics import METRICS_FILE, iterate_rows
-from train.run_config import CONFIG_FILE, RunConfig, differences
+from train.run_config import CONFIG_FILE, RunConfig, differences, read_object
 
 CHECKPOINT_DIRECTORY = "checkpoints"
 DATA_FILE = "data.json"
@@ -46,7 +46,7 @@ def check_identity(
     if (workdir / CONFIG_FILE).exists():
         found |= differences(RunConfig.read(workdir).to_dict(), wanted)
     if (workdir / DATA_FILE).exists():
-        found |= differences(_read_json(workdir / DATA_FILE), data)
+        found |= differences(read_object(workdir / DATA_FILE), data)
     lines = {name: f"{name}: {_short(old)} -> {_short(new)}" for name, (old, new) in found.items()}
     refused = [
         line for name, line in lines.items() if not any(f"{name}.".startswith(f"{a}.") for a in accepted)
@@ -119,16 +119,6 @@ def _is_field(values: Any, name: str) -> bool:
             return False
         values = values[part]
     return True
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UsageError(f"{path} holds {type(values).__name__}; it must be an object")
-    return values
 
 
 def _short(value: Any) -> str:

@@ -17,6 +17,7 @@ from holo_jax.precision import Precision
 from train.errors import ConfigError, UsageError
 
 CONFIG_FILE = "config.json"
+_MAX_JSON_BYTES = 1 << 24
 
 
 def _require(holds: bool, field: str, value: Any, constraint: str) -> None:
@@ -252,16 +253,28 @@ class RunConfig:
         Raises:
           UsageError: if it is missing or unreadable, ConfigError if a field is wrong.
         """
-        path = workdir / CONFIG_FILE
-        try:
-            values = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UsageError(f"{workdir} is no run directory: it has no {CONFIG_FILE}") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise UsageError(f"{path} cannot be read: {_one_line(error)}") from None
-        if not isinstance(values, dict):
-            raise UsageError(f"{path} holds {type(values).__name__}; it must be an object of fields")
-        return cls.from_dict(values)
+        if not (workdir / CONFIG_FILE).exists():
+            raise UsageError(f"{workdir} is no run directory: it has no {CONFIG_FILE}")
+        return cls.from_dict(read_object(workdir / CONFIG_FILE))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file.
+
+    Raises:
+      UsageError: if it is missing, unreadable, larger than 16 MiB, or no object.
+    """
+    try:
+        with path.open("rb") as file:
+            text = file.read(_MAX_JSON_BYTES + 1)
+        if len(text) > _MAX_JSON_BYTES:
+            raise ValueError(f"it is larger than {_MAX_JSON_BYTES} bytes")
+        values = json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {_one_line(error)}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path} holds {type(values).__name__}; it must be an object of fields")
+    return values
 
 
 def differences(

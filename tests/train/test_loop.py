@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 
 from tests.train import child
@@ -86,6 +87,19 @@ def test_a_stopped_run_goes_on_exactly(uninterrupted, tmp_path, step: int) -> No
     result, messages = run(workdir)
     assert result.step == 12 and f"going on from checkpoint {reached} in {workdir}" in messages
     assert read_curve(workdir) == read_curve(uninterrupted[0])
+
+
+def test_a_run_moves_to_other_meshes(uninterrupted, tmp_path) -> None:
+    workdir = tmp_path / "run"
+    for devices, stop_after in ((8, 3), (2, 8), (1, None)):
+        stop, display = StopRequest(), Quiet()
+        display.update = lambda row, stop=stop, last=stop_after: (
+            stop.set("SIGTERM") if row["step"] == last else None
+        )
+        train(micro_config(), workdir, devices=jax.devices()[:devices], stop=stop, display=display)
+    expected, moved = read_curve(uninterrupted[0]), read_curve(workdir)
+    assert [row[:2] for row in moved] == [row[:2] for row in expected]
+    np.testing.assert_allclose([row[2] for row in moved], [row[2] for row in expected], atol=1e-5)
 
 
 def test_a_finished_run_stays_finished(uninterrupted, tmp_path) -> None:

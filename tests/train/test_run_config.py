@@ -112,6 +112,13 @@ def test_unreadable_files_are_refused(tmp_path, text: str) -> None:
         RunConfig.read(tmp_path)
 
 
+def test_a_huge_file_is_refused_unread(tmp_path) -> None:
+    with open(tmp_path / "config.json", "wb") as file:
+        file.truncate(1 << 33)
+    with pytest.raises(UsageError, match="larger than"):
+        RunConfig.read(tmp_path)
+
+
 def test_missing_file_says_what_it_is(tmp_path) -> None:
     with pytest.raises(UsageError, match="no run directory"):
         RunConfig.read(tmp_path)
