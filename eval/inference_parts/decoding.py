@@ -1,0 +1,237 @@
+"""Latency and rate of decoding: ``decode_block`` on states as they are after a context of a given length."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from eval.common import Reporter
+from eval.results import Scalar, absent, exact
+from eval.speed_parts.floors import Ceilings
+from eval.speed_parts.models import Size, model_config
+from eval.speed_parts.timing import Built, Job, compile_all, failure, median, missing, say
+from holo_jax.generate import Sampling, decoding_form, init_state, prefill, state_bytes
+from holo_jax.generate.decoding import NONE, Decoding, DecodingInputs, decode_block
+from holo_jax.generate.forms import split_state
+from holo_jax.mixers import AttentionState
+from holo_jax.model import HoloForCausalLM, ModelState
+
+_PLAN = Sampling().plan
+_METRICS = ("milliseconds_per_step", "tokens_per_second", "share_of_bound")
+# Of the allocator's limit; the rest is for logits, temporaries and the library's own.
+_USABLE = 0.92
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One program: a model, how its state is stored, rows, tokens before it (0: any), tokens a call."""
+
+    model: str
+    state_dtype: str
+    batch: int
+    context: int
+    steps: int
+
+    @property
+    def where(self) -> dict[str, Scalar]:
+        """Its settings in results."""
+        return {"part": "decoding", **dataclasses.asdict(self)}
+
+
+class Decoder:
+    """A model of random parameters in decoding form."""
+
+    def __init__(self, name: str, size: Size, seed: int) -> None:
+        self.config = model_config(name, size)
+        self.model = jax.jit(lambda: HoloForCausalLM(self.config, rngs=nnx.Rngs(seed)))()
+        self.graphdef, self.params = nnx.split(decoding_form(self.model), nnx.Param)
+        # Of an untied embedding only the rows of the tokens are read.
+        table = 0 if self.config.tie_embeddings else self.params["model"]["embedding"][...].nbytes
+        self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)) - table
+
+    def inputs(self, batch: int) -> DecodingInputs:
+        """Sampling from the model's own distribution, no stop token."""
+        seeds = jnp.arange(batch, dtype=jnp.uint32)
+        allowed = jnp.int32(self.config.vocab_size)
+        return DecodingInputs(Sampling().numbers, seeds, jnp.full((4,), NONE, jnp.int32), allowed)
+
+    def start(self, cell: Cell, spare: int) -> Decoding:
+        """As after ``cell.context`` tokens, with room for ``spare`` more."""
+        state = init_state(
+            self.config, cell.batch, cache_length=cell.context + spare, state_dtype=cell.state_dtype
+        )
+        return self.decoding(_filled(split_state(state), cell.context))
+
+    def decoding(self, state: ModelState) -> Decoding:
+        """What the loop carries, far from its end."""
+        batch = state.position.shape[0]
+        logits = jnp.zeros((batch, self.config.vocab_size), jnp.float32)
+        return Decoding(logits, state, jnp.full((batch,), 2**30, jnp.int32), None)
+
+    def job(self, cell: Cell, spare: int) -> Job:
+        """Lowers the program of a cell, without its arrays."""
+        shapes = jax.eval_shape(lambda: (self.start(cell, spare), self.inputs(cell.batch)))
+
+        def lower() -> Any:
+            options = dict(steps=cell.steps, plan=_PLAN)
+            return decode_block.lower(self.graphdef, self.params, *shapes, **options)
+
+        return Job(cell.where, lower)
+
+
+def _filled(state: ModelState, context: int) -> ModelState:
+    """The state with caches that hold ``context`` tokens (of zeros: their values cost no time)."""
+
+    def fill(mixer: Any) -> Any:
+        if not isinstance(mixer, AttentionState):
+            return mixer
+        slots = jnp.broadcast_to(jnp.arange(mixer.times.shape[1], dtype=jnp.int32)[None], mixer.times.shape)
+        return mixer._replace(
+            times=jnp.where(slots < context, slots, -1),
+            segment_ids=jnp.ones_like(mixer.segment_ids),
+            index=jnp.full_like(mixer.index, context),
+        )
+
+    layers = tuple(tuple(fill(mixer) for mixer in period) for period in state.layers)
+    return state._replace(layers=layers, position=jnp.full_like(state.position, context))
+
+
+def run(
+    reporter: Reporter,
+    decoders: Sequence[str],
+    size: Size,
+    *,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    steps: int,
+    single_steps: bool,
+    samples: int,
+    ceilings: Ceilings,
+    workers: int,
+    seed: int,
+) -> None:
+    """Times every decoder at every batch (and context, for attention) that fits the device."""
+    spare = steps * (samples + 2)
+    for name in dict.fromkeys(text.partition(":")[0] for text in decoders):
+        decoder = Decoder(name, size, seed)
+        dtypes = [text.partition(":")[2] or "float32" for text in decoders if text.partition(":")[0] == name]
+        lengths = contexts if "attention" in decoder.config.layer_kinds else (0,)
+        cells = [Cell(name, d, b, c, steps) for d in dtypes for c in lengths for b in batches]
+        if single_steps:
+            cells.append(Cell(name, dtypes[0], min(batches), lengths[0], 1))
+        fitting = [cell for cell in cells if _fits(reporter, decoder, cell, spare)]
+        for cell, built in zip(
+            fitting, compile_all([decoder.job(cell, spare) for cell in fitting], workers), strict=True
+        ):
+            _time(reporter, decoder, cell, built, spare, samples, ceilings)
+
+
+def _fits(reporter: Reporter, decoder: Decoder, cell: Cell, spare: int) -> bool:
+    statistics = jax.devices()[0].memory_stats()
+    shapes = jax.eval_shape(lambda: decoder.start(cell, spare))
+    needed = decoder.weight_bytes + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    if not statistics or needed < _USABLE * statistics["bytes_limit"]:
+        return True
+    limit = statistics["bytes_limit"]
+    detail = f"weights and state need {needed / 2**30:.0f} GiB; the device has {limit / 2**30:.0f} GiB"
+    reporter.add(*(absent(metric, "oom", detail=detail, **cell.where) for metric in _METRICS))
+    return False
+
+
+def _time(
+    reporter: Reporter,
+    decoder: Decoder,
+    cell: Cell,
+    built: Built,
+    spare: int,
+    samples: int,
+    ceilings: Ceilings,
+) -> None:
+    if built.status != "ok":
+        reporter.add(*missing(_METRICS, built, "compile"))
+        return
+    try:
+        decoding = jax.block_until_ready(jax.jit(lambda: decoder.start(cell, spare))())
+        size = state_bytes(decoding.state)
+        seconds = _samples([_blocks(decoder, built.program, decoding, cell.batch)], cell.steps, samples)[0]
+    except Exception as error:
+        status, detail = failure(error)
+        reporter.add(*(absent(metric, status, detail=detail, **cell.where) for metric in _METRICS))
+        return
+    bound = (decoder.weight_bytes + size) / ceilings.bytes_per_second
+    reporter.add(
+        median("milliseconds_per_step", seconds, cell.where, scale=1e3),
+        median("tokens_per_second", [cell.batch / s for s in seconds], cell.where),
+        median("share_of_bound", [bound / s for s in seconds], cell.where),
+        exact("state_bytes", size, **cell.where),
+        exact("weight_bytes", decoder.weight_bytes, **cell.where),
+    )
+    took = np.median(seconds)
+    say(f"{cell.where}: {1e3 * took:.3f} ms a step, {bound / took:.2f} of the bound")
+
+
+def latency(
+    reporter: Reporter,
+    size: Size,
+    contexts: Sequence[int],
+    *,
+    piece: int,
+    steps: int,
+    samples: int,
+    seed: int,
+) -> None:
+    """Decoding after reading few and many tokens, in turns; fails as a control above 3% of difference."""
+    decoder = Decoder("holo", size, seed)
+    tokens = np.random.default_rng(seed).integers(0, size.vocab, max(contexts), np.int32)
+    shapes = jax.eval_shape(lambda: decoder.start(Cell("holo", "float32", 1, 0, steps), steps))
+    program = decode_block.lower(
+        decoder.graphdef, decoder.params, shapes, decoder.inputs(1), steps=steps, plan=_PLAN
+    ).compile()
+    runs = []
+    for context in contexts:
+        reading = prefill(decoder.model, [tokens[:context]], piece_size=piece)
+        runs.append(_blocks(decoder, program, decoder.decoding(split_state(reading.state)), 1))
+    # Many short samples in turns: what else the machine does meets all contexts alike.
+    measured = _samples(runs, steps, 4 * samples)
+    for context, seconds in zip(contexts, measured, strict=True):
+        where = {"part": "latency", "model": "holo", "context": context}
+        reporter.add(median("milliseconds_per_step", seconds, where, scale=1e3))
+    ratios = np.asarray(measured[-1]) / np.asarray(measured[0])
+    where = {"part": "latency", "model": "holo", "context": max(contexts)}
+    value = median("latency_ratio", ratios, where)
+    reporter.add(value)
+    if value.low > 1.03 or value.high < 0.97:
+        reporter.fail_control(
+            f"a token after {max(contexts):,} takes {value.value:.3f} of one after {min(contexts):,}"
+        )
+
+
+def _blocks(decoder: Decoder, program: Any, decoding: Decoding, batch: int) -> Callable[[], None]:
+    """A function that runs one more block each time; the state is handed on, in place."""
+    inputs = decoder.inputs(batch)
+    carried = [decoding]
+
+    def block() -> None:
+        carried[0], tokens, finite = program(decoder.params, carried[0], inputs)
+        if not bool(jax.block_until_ready(finite)):
+            raise FloatingPointError("logits are not finite")
+        del tokens
+
+    return block
+
+
+def _samples(runs: Sequence[Callable[[], None]], steps: int, samples: int) -> list[list[float]]:
+    """Seconds a step of each run, one block a sample, in turns; one block each as warm-up."""
+    measured: list[list[float]] = [[] for _ in runs]
+    for sample in range(samples + 1):
+        for index, block in enumerate(runs):
+            start = time.perf_counter()
+            block()
+            if sample:
+                measured[index].append((time.perf_counter() - start) / steps)
+    return measured
