@@ -19,7 +19,7 @@ from train.corpus.dataset import Record
 from train.corpus.tokenizers import save_tokenizer
 from train.data import Loader, make_loader
 from train.decisions import Rollback, batch_of_step, before, read_rollbacks
-from train.errors import StorageError
+from train.errors import MeshError, StorageError
 from train.evaluate import check_heldout, heldout_batches, mean_loss
 from train.inputs import Inputs, open_inputs
 from train.lock import RunLock
@@ -79,6 +79,10 @@ def train(
     watchdog = Watchdog(config.watchdog)
     watchdog.arm("startup")
     try:
+        if jax.process_count() > 1:
+            raise MeshError(
+                f"this run has {jax.process_count()} processes; it must have one (many devices are fine)"
+            )
         mesh = make_mesh(config.mesh, devices)
         check_batch(mesh, config.global_batch_size, config.accumulation_steps, config.context_length)
         inputs = open_inputs(config)

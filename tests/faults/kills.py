@@ -20,7 +20,7 @@ from train.loop import build
 from train.manifest import MANIFEST_FILE
 from train.sharding import make_mesh
 
-STEPS, SAVE_EVERY = 40, 3
+STEPS, SAVE_EVERY = 40, 4
 OVERRIDES = dict(
     num_steps=STEPS, checkpoint__every_steps=SAVE_EVERY, eval__every_steps=10, log__tensorboard=True
 )
@@ -55,7 +55,7 @@ def _one_run(workdir: Path, kills: int, chooser: random.Random) -> tuple[int, in
     """Kills one run up to ``kills`` times and lets it end: (kills, of them in a save, exit code)."""
     killed = in_save = 0
     while killed < kills:
-        process = child.start(workdir, OVERRIDES, slow=0.02, **_fault(workdir, chooser))
+        process = child.start(workdir, OVERRIDES, slow=0.05, **_fault(workdir, chooser))
         if chooser.random() < 0.5:
             _kill_at_random(process, workdir, chooser)
         process.join(300)
