@@ -183,7 +183,7 @@ def save(figure: Figure, path: Path) -> None:
     """Writes a PNG (or what the suffix says)."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=144)
+    figure.savefig(path, dpi=120)
 
 
 def svg(figure: Figure) -> str:

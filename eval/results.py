@@ -205,7 +205,7 @@ class Results:
         data = self.to_dict()
         validate(data)
         path = Path(directory) / FILENAME
-        write_atomically(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
+        write_atomically(path, _format(data))
         return path
 
     @staticmethod
@@ -258,6 +258,13 @@ def validate(data: object) -> None:
                 f"two values for {value.metric} at {dict(value.where)}; `where` must tell them apart"
             )
         seen.add(key)
+
+
+def _format(data: dict) -> str:
+    """JSON with one value a line: small, and a changed number is a changed line."""
+    values = ",\n".join("  " + json.dumps(value, allow_nan=False) for value in data["values"])
+    head = json.dumps({**data, "values": []}, indent=1, allow_nan=False)
+    return head.removesuffix("[]\n}") + "[\n" + values + "\n ]\n}\n"
 
 
 def write_atomically(path: Path, text: str) -> None:
