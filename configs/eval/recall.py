@@ -3,7 +3,8 @@
 Command:  python -m eval.recall --config=configs/eval/recall.py --out=runs/recall
           (some models only: --config.select="('attention','holo_4k')"; join runs: python -m eval.merge)
           python -m eval.recall --config=configs/eval/recall.py:zoology --out=runs/recall_zoology
-Hardware: one GPU (full, zoology); 2 CPU cores (quick, about 1 minute).
+          python -m eval.recall --config=configs/eval/recall.py:denoiser --out=runs/recall_denoiser
+Hardware: one GPU (full, zoology); 2 CPU cores (quick, about 1 minute; denoiser, with and without the MLP).
 Expect:   attention 1.0 everywhere, or the harness is wrong (exit code 1).
 
 The full variant is the later published setting (trained on 64 to 256 tokens with 4 to 64 pairs, tested to
@@ -110,6 +111,47 @@ _VARIANTS = {
             b2=0.98,
             log_every=100,
         ),
+        published=False,
+    ),
+    "denoiser": dict(
+        setting="is the MLP needed? 64 tokens, 8 pairs",
+        models={
+            f"{preset}{suffix}": dict(preset=preset, mlp=mlp, **sizes)
+            for preset, sizes in {
+                "holo": dict(hd_dim=64, phasors=16),
+                "dual": dict(hd_dim=256),
+                "seed": dict(hd_dim=512),
+                "attention": dict(hd_dim=64),
+            }.items()
+            for suffix, mlp in {"": "gelu", "_linear": "linear", "_nomlp": "none"}.items()
+        },
+        select=tuple(
+            preset + suffix
+            for preset in ("holo", "dual", "seed", "attention")
+            for suffix in ("", "_linear", "_nomlp")
+        ),
+        shared=dict(
+            vocab_size=512, hidden_size=64, num_hidden_layers=2, head_dim=32, memory_backend="portable"
+        ),
+        storage="float32",
+        train=((64, 8, 32),),
+        width=64,
+        test=((64, 8),),
+        averaged=1,
+        test_width=64,
+        test_rows=64,
+        test_batch=64,
+        grid=dict(
+            seeds=(0,),
+            rates=(1e-2,),
+            steps=200,
+            warmup=0.1,
+            weight_decay=0.1,
+            clip=1.0,
+            b2=0.98,
+            log_every=100,
+        ),
+        control_from=0.95,
         published=False,
     ),
 }  # fmt: skip

@@ -94,7 +94,8 @@ def test_dtype_policy(name: str) -> None:
     assert outputs.logits.dtype == jnp.float32 and outputs.loss.dtype == jnp.float32
     wide = {jnp.dtype(d) for d in (jnp.float32, jnp.complex64, jnp.int32, jnp.uint32)}
     if "attention" not in model.config.layer_kinds:
-        assert {leaf.dtype for leaf in jax.tree.leaves(outputs.state)} <= wide
+        values = {jnp.dtype(jnp.bfloat16)} if model.config.value_conv else set()
+        assert {leaf.dtype for leaf in jax.tree.leaves(outputs.state)} <= wide | values
     hidden = jax.eval_shape(lambda: model.model(ids)).hidden
     assert hidden.dtype == jnp.bfloat16
     jax.tree.map(
