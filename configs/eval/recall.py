@@ -123,7 +123,7 @@ _VARIANTS = {
                 "seed": dict(hd_dim=512),
                 "attention": dict(hd_dim=64),
             }.items()
-            for suffix, mlp in {"": "gelu", "_linear": "linear", "_nomlp": "none"}.items()
+            for suffix, mlp in {"": "swiglu", "_linear": "linear", "_nomlp": "none"}.items()
         },
         select=tuple(
             preset + suffix
@@ -131,10 +131,15 @@ _VARIANTS = {
             for suffix in ("", "_linear", "_nomlp")
         ),
         shared=dict(
-            vocab_size=512, hidden_size=64, num_hidden_layers=2, head_dim=32, memory_backend="portable"
+            vocab_size=512,
+            hidden_size=64,
+            num_hidden_layers=2,
+            head_dim=32,
+            memory_backend="portable",
+            phase_scale=2.0,
         ),
         storage="float32",
-        train=((64, 8, 32),),
+        train=((64, 8, 64),),
         width=64,
         test=((64, 8),),
         averaged=1,
@@ -143,8 +148,8 @@ _VARIANTS = {
         test_batch=64,
         grid=dict(
             seeds=(0,),
-            rates=(1e-2,),
-            steps=200,
+            rates=(3e-3,),
+            steps=160,
             warmup=0.1,
             weight_decay=0.1,
             clip=1.0,
