@@ -1,6 +1,7 @@
 """Small layers: linear maps, norms, the denoiser. Parameters carry their logical axes as metadata."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,58 @@ class Linear(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
 
 
+class JoinedLinear(nnx.Module):
+    """Several linear maps of one input as one product, for decoding; see ``project``.
+
+    Biases stay with the maps. The product is accumulated and returned in float32.
+    """
+
+    def __init__(self, storage: str, names: tuple[str, ...], sizes: tuple[int, ...], weight: Array) -> None:
+        self.storage, self.names, self.sizes = storage, names, sizes
+        self.weight = parameter(weight, ("embed", "heads"))
+
+    def __call__(self, x: Float[Array, "b t i"]) -> dict[str, Float[Array, "b t o"]]:
+        """Results by name."""
+        weight = self.weight[...].astype(self.storage)
+        y = jnp.einsum("bti,io->bto", x.astype(self.storage), weight, preferred_element_type=jnp.float32)
+        borders = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes) - 1)]
+        return dict(zip(self.names, jnp.split(y, borders, axis=-1), strict=True))
+
+
+def project(
+    module: nnx.Module, x: Float[Array, "b t i"], out_dtypes: dict[str, str | None]
+) -> dict[str, Array]:
+    """Applies the linear maps of a module, given by name, to the same input.
+
+    One product each; or one for all where ``join`` has put them together, with the same numbers up to the
+    order of sums.
+
+    Args:
+      module: has the maps as attributes.
+      x: input.
+      out_dtypes: names and result dtypes; None is the storage dtype.
+    """
+    joined: JoinedLinear | None = getattr(module, "joined", None)
+    if joined is None:
+        return {name: getattr(module, name)(x, out_dtype=dtype) for name, dtype in out_dtypes.items()}
+    results = {}
+    for name, y in joined(x).items():
+        bias = getattr(module, name).bias
+        y = y.astype(out_dtypes[name] or joined.storage)
+        results[name] = y if bias is None else y + bias[...].astype(y.dtype)[None, None]
+    return results
+
+
+def join(module: Any, names: tuple[str, ...]) -> None:
+    """Puts the weights of linear maps of one input into one array, in the storage dtype; in place."""
+    maps = [getattr(module, name) for name in names]
+    storage = maps[0].storage
+    weight = jnp.concatenate([one.weight[...].astype(storage) for one in maps], axis=-1)
+    module.joined = JoinedLinear(storage, names, tuple(one.weight.shape[-1] for one in maps), weight)
+    for one in maps:
+        del one.weight
+
+
 class Normalization(nnx.Module):
     """RMSNorm, x / rms(x) * w, or LayerNorm, (x - mean) / std * w + b, in float32 over the last axis."""
 
@@ -92,11 +145,17 @@ class Denoiser(nnx.Module):
         std = residual_std(config, f)
         self.down = Linear(config, (f, e), ("mlp", "embed"), std=std, bias=bias, rngs=rngs)
 
+    @property
+    def maps(self) -> dict[str, str | None]:
+        """Linear maps of the input, and their result dtypes."""
+        return {"up": None} if self.gate is None else {"up": None, "gate": None}
+
     def __call__(self, x: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
         """Applies the denoiser."""
-        hidden = self.up(x)
+        results = project(self, x, self.maps)
+        hidden = results["up"]
         if self.gate is not None:
-            hidden = jax.nn.silu(self.gate(x)) * hidden
+            hidden = jax.nn.silu(results["gate"]) * hidden
         elif self.kind == "gelu":
             hidden = jax.nn.gelu(hidden, approximate=False)
         return self.down(hidden)

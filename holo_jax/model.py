@@ -155,8 +155,9 @@ class HoloModel(nnx.Module):
         )
 
     def _in_turn(self, x: Array, context: Context, turns: Array | None, layers: Any) -> tuple[Array, Any]:
+        periods: Any = self.periods
         after = []
-        for index, period in enumerate(self.periods):
+        for index, period in enumerate(periods):
             own_turns = None if turns is None else turns[index]
             x, states = period(x, context, own_turns, None if layers is None else layers[index])
             after.append(states)

@@ -53,6 +53,9 @@ def with_tail(
     past = jnp.concatenate([before, x], axis=1)
     if tail is None or padding is None:
         return past
+    if x.shape[1] == 1:
+        # One token: a choice between two orders, which fuses with what follows.
+        return jnp.where((padding == 1)[:, None, None], jnp.concatenate([x, before], axis=1), past)
     move = jax.vmap(lambda row, own, start: lax.dynamic_update_slice_in_dim(row, own, start, axis=0))
     return move(past, before, padding)
 

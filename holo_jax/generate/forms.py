@@ -12,8 +12,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from holo_jax.array_types import Array, Int
-from holo_jax.layers import Linear
-from holo_jax.mixers import AttentionState, MemoryMixerState, SsmState
+from holo_jax.layers import Denoiser, Linear, join
+from holo_jax.mixers import (
+    AttentionMixer,
+    AttentionState,
+    MemoryMixer,
+    MemoryMixerState,
+    SsmMixer,
+    SsmState,
+)
 from holo_jax.model import HoloForCausalLM, ModelState
 
 
@@ -56,11 +63,11 @@ def state_bytes(state: ModelState) -> int:
 
 
 def decoding_form(model: HoloForCausalLM) -> HoloForCausalLM:
-    """The same function with weights in the storage dtype and periods unstacked; for decoding only.
+    """The same function with weights in the storage dtype, joined and unstacked; for decoding only.
 
     Linear maps and the embedding are cast to the storage dtype where they are used, at every use: doing it
-    once gives the same numbers and reads half the bytes a token. Everything else stays float32. A model in
-    this form is returned as it is.
+    once gives the same numbers and reads half the bytes a token. Maps of the same input become one product.
+    Everything else stays float32. A model in this form is returned as it is.
     """
     if isinstance(model.model.periods, nnx.List):
         return model
@@ -107,13 +114,17 @@ def _to_decoding_form(model: HoloForCausalLM) -> HoloForCausalLM:
 
     graphdef, params = nnx.split(model, nnx.Param)
     model = nnx.merge(graphdef, params)
-    model.model.embedding = cast(model.model.embedding)
-    for _, module in nnx.iter_modules(model):
-        if isinstance(module, Linear):
-            module.weight = cast(module.weight)
     stacked: Any = model.model.periods
     graphdef, params = nnx.split(stacked, nnx.Param)
     count = model.config.num_periods
-    split = [nnx.merge(graphdef, jax.tree.map(lambda leaf, n=n: leaf[n], params)) for n in range(count)]
-    model.model.periods = nnx.List(split)  # type: ignore[assignment]
+    periods = [nnx.merge(graphdef, jax.tree.map(lambda leaf, n=n: leaf[n], params)) for n in range(count)]
+    model.model.periods = nnx.List(periods)  # type: ignore[assignment]
+    modules = [module for _, module in nnx.iter_modules(model)]
+    for module in modules:
+        if isinstance(module, Denoiser | MemoryMixer | AttentionMixer | SsmMixer):
+            join(module, tuple(module.maps))
+    for module in modules:
+        if isinstance(module, Linear) and hasattr(module, "weight"):
+            module.weight = cast(module.weight)
+    model.model.embedding = cast(model.model.embedding)
     return model

@@ -10,7 +10,7 @@ from flax import nnx
 from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import phases_at, rope_frequencies
-from holo_jax.layers import Linear, residual_std
+from holo_jax.layers import Linear, project, residual_std
 from holo_jax.mixers.context import Context
 
 _FLASH_MULTIPLE = 64
@@ -48,6 +48,11 @@ class AttentionMixer(nnx.Module):
         self.values = Linear(config, (e, hd), ("embed", "heads"), rngs=rngs)
         self.out = Linear(config, (hd, e), ("heads", "embed"), std=residual_std(config, hd), rngs=rngs)
 
+    @property
+    def maps(self) -> dict[str, str | None]:
+        """Linear maps of the input, and their result dtypes (None is the storage dtype)."""
+        return {"queries": None, "keys": None, "values": None}
+
     @staticmethod
     def init_state(config: HoloConfig, batch: int, cache_length: int) -> AttentionState:
         """An empty cache of ``cache_length`` slots (of the window, if that is shorter)."""
@@ -75,9 +80,10 @@ class AttentionMixer(nnx.Module):
         b, t, _ = x.shape
         shape = (b, t, config.num_heads, config.head_dim)
         angles = phases_at(jnp.asarray(rotary_turns(config)), context.inside)[:, :, None]
-        queries = _rotate(self.queries(x).reshape(shape), angles)
-        keys = _rotate(self.keys(x).reshape(shape), angles)
-        values = self.values(x).reshape(shape)
+        maps = project(self, x, self.maps)
+        queries = _rotate(maps["queries"].reshape(shape), angles)
+        keys = _rotate(maps["keys"].reshape(shape), angles)
+        values = maps["values"].reshape(shape)
         if state is None:
             mixed = self._attend_all(queries, keys, values, context.segment_ids)
         else:

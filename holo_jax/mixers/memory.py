@@ -10,7 +10,7 @@ from holo_jax import kernels
 from holo_jax.array_types import Array, Float, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import MemoryState, init_memory, phases_at, retrieval_scale
-from holo_jax.layers import Linear, Normalization, parameter, residual_std
+from holo_jax.layers import Linear, Normalization, parameter, project, residual_std
 from holo_jax.mixers.context import Context, keep_rows
 from holo_jax.precision import assert_dtype
 from holo_jax.sequence import delayed, next_tail, short_convolution, with_tail
@@ -70,6 +70,21 @@ class MemoryMixer(nnx.Module):
         if config.head_norm:
             self.head_norm = Normalization(config, (h, config.head_dim), ("heads", None), kind="rmsnorm")
 
+    @property
+    def maps(self) -> dict[str, str | None]:
+        """Linear maps of the input, and their result dtypes (None is the storage dtype)."""
+        config = self.config
+        maps: dict[str, str | None] = {"values": None}
+        if config.addressing != "position":
+            maps["phases"] = config.precision.phases
+        if config.write_gate:
+            maps["write"] = "float32"
+        if config.erase:
+            maps["erase"] = "float32"
+        if config.output_gate:
+            maps["gate"] = None
+        return maps
+
     @staticmethod
     def init_state(config: HoloConfig, batch: int, cache_length: int) -> MemoryMixerState:
         """The empty memory of one layer; its size does not depend on ``cache_length``."""
@@ -104,22 +119,23 @@ class MemoryMixer(nnx.Module):
         config = self.config
         b, t, _ = x.shape
         h, d = config.num_heads, config.head_dim
-        values, value_tail = self.values(x), None
+        maps = project(self, x, self.maps)
+        values, value_tail = maps["values"], None
         if config.value_conv:
             before = None if state is None else state.value_tail
             past = with_tail(values, config.value_conv - 1, before, context.padding)
             values = short_convolution(past, self.value_taps[...].astype(values.dtype), context.inside)
             value_tail = next_tail(past, config.value_conv - 1, context.inside)
         values = values.reshape(b, t, h, d)
-        gates = jax.nn.sigmoid(self.write(x, out_dtype="float32")) if config.write_gate else None
+        gates = jax.nn.sigmoid(maps["write"]) if config.write_gate else None
         if context.real is not None:
             written = jnp.ones((b, t, h), jnp.float32) if gates is None else gates
             gates = jnp.where(context.real[..., None], written, 0.0)
-        erase = gates * jax.nn.sigmoid(self.erase(x, out_dtype="float32")) if config.erase else None
+        erase = gates * jax.nn.sigmoid(maps["erase"]) if config.erase else None
         retrieved = jnp.zeros((b, t, h, d), jnp.dtype(config.precision.memory))
         content = position = tail = None
         if config.addressing != "position":
-            past, write, read = self._content_phases(x, context, state)
+            past, write, read = self._content_phases(maps["phases"], context, state)
             if not config.short_conv:
                 follows = (context.inside > 0)[..., None].astype(jnp.float32)
                 strength = jnp.ones((b, t, h), jnp.float32) if gates is None else gates
@@ -141,17 +157,17 @@ class MemoryMixer(nnx.Module):
                 retrieved = retrieved + self.mix[...][0][None, None, :, None] * y
             else:
                 retrieved = y
-        retrieved = self._finish(retrieved, x)
+        retrieved = self._finish(retrieved, maps.get("gate"))
         if state is None:
             return self.out(retrieved), None
         return self.out(retrieved), MemoryMixerState(tail, content, position, value_tail)
 
     def _content_phases(
-        self, x: Array, context: Context, state: MemoryMixerState | None
+        self, raw: Array, context: Context, state: MemoryMixerState | None
     ) -> tuple[Array, Array, Array]:
         config = self.config
-        b, t, _ = x.shape
-        raw = config.phase_scale * self.phases(x, out_dtype=config.precision.phases)
+        b, t, _ = raw.shape
+        raw = config.phase_scale * raw
         assert_dtype(raw, config.precision.phases, "phases")
         past = with_tail(raw, _tail_size(config), None if state is None else state.tail, context.padding)
         if config.short_conv:
@@ -204,12 +220,12 @@ class MemoryMixer(nnx.Module):
         )
         return y / scale[..., None], after
 
-    def _finish(self, retrieved: Array, x: Array) -> Array:
+    def _finish(self, retrieved: Array, gate: Array | None) -> Array:
         b, t, h, d = retrieved.shape
         if self.config.head_norm:
             retrieved = self.head_norm(retrieved)
         retrieved = retrieved.astype(self.config.precision.storage).reshape(b, t, h * d)
-        return jax.nn.silu(self.gate(x)) * retrieved if self.config.output_gate else retrieved
+        return retrieved if gate is None else jax.nn.silu(gate) * retrieved
 
 
 def _tail_size(config: HoloConfig) -> int:

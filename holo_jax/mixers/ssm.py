@@ -10,7 +10,7 @@ from flax import nnx
 from holo_jax.array_types import Array, Float, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import decayed_accumulate
-from holo_jax.layers import Linear, Normalization, parameter, residual_std
+from holo_jax.layers import Linear, Normalization, parameter, project, residual_std
 from holo_jax.mixers.context import Context, keep_rows
 from holo_jax.sequence import next_tail, short_convolution, with_tail
 
@@ -53,6 +53,11 @@ class SsmMixer(nnx.Module):
         self.skip = parameter(jnp.ones((h,), dtype), ("heads",))
         self.norm = Normalization(config, (hd,), ("heads",), kind="rmsnorm")
 
+    @property
+    def maps(self) -> dict[str, str | None]:
+        """Linear maps of the input, and their result dtypes (None is the storage dtype)."""
+        return {"values": None, "keys": None, "step": "float32", "gate": "float32"}
+
     @staticmethod
     def init_state(config: HoloConfig, batch: int, cache_length: int) -> SsmState:
         """The empty state of one layer."""
@@ -75,14 +80,15 @@ class SsmMixer(nnx.Module):
         config = self.config
         b, t, _ = x.shape
         h, n, d, hd = config.num_heads, config.ssm_state, config.head_dim, config.hd_dim
-        raw = jnp.concatenate([self.values(x), self.keys(x)], axis=-1).astype(jnp.float32)
+        maps = project(self, x, self.maps)
+        raw = jnp.concatenate([maps["values"], maps["keys"]], axis=-1).astype(jnp.float32)
         past = with_tail(raw, _TAPS - 1, None if state is None else state.tail, context.padding)
         mixed = jax.nn.silu(short_convolution(past, self.taps[...].astype(jnp.float32), context.inside))
         mixed = mixed.astype(config.precision.storage)
         values = mixed[..., :hd].reshape(b, t, h, d)
         keys = jnp.broadcast_to(mixed[..., None, hd : hd + n], (b, t, h, n))
         queries = jnp.broadcast_to(mixed[..., None, hd + n :], (b, t, h, n))
-        step = jax.nn.softplus(self.step(x, out_dtype="float32") + self.step_bias[...][None, None])
+        step = jax.nn.softplus(maps["step"] + self.step_bias[...][None, None])
         if context.real is not None:
             step = jnp.where(context.real[..., None], step, 0.0)
         log_decay = -jnp.exp(self.log_rate[...])[None, None] * step
@@ -98,7 +104,7 @@ class SsmMixer(nnx.Module):
             chunk_size=config.chunk_size or None,
         )
         y = y + self.skip[...][None, None, :, None] * values.astype(y.dtype)
-        y = self.norm(y.reshape(b, t, hd) * jax.nn.silu(self.gate(x, out_dtype="float32")))
+        y = self.norm(y.reshape(b, t, hd) * jax.nn.silu(maps["gate"]))
         if state is None:
             return self.out(y), None
         return self.out(y), SsmState(next_tail(past, _TAPS - 1, context.inside), memory)

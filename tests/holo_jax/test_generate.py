@@ -21,6 +21,7 @@ from holo_jax.generate import (
     take_rows,
 )
 from holo_jax.generate.decoding import decode_block
+from holo_jax.generate.forms import decoding_form, training_form
 from holo_jax.generate.reading import _pieces, _read_piece, read
 from holo_jax.precision import FULL, MIXED, Precision
 from tests.holo_jax.models import VOCAB, variant
@@ -71,9 +72,8 @@ def in_ragged_pieces(model: nnx.Module, ids: np.ndarray, lengths: list[int], see
 
 
 PRESETS = ["holo", "seed", "dual", "attention", "ssm"]
-CASES = [(name, FULL) for name in (*PRESETS, "attention-window", "hybrid")] + [
-    (name, MIXED) for name in PRESETS
-]
+CASES = [(name, FULL) for name in (*PRESETS, "attention-window", "hybrid", "holo-local")]
+CASES += [(name, MIXED) for name in PRESETS]
 
 
 @pytest.mark.parametrize("name,precision", CASES, ids=lambda v: v if isinstance(v, str) else v.storage)
@@ -89,6 +89,24 @@ def test_full_forward_pieces_and_steps_are_one_function(name: str, precision: Pr
         logits, state = decode_step(model, ids[:, t], state)
         steps.append(logits)
     assert difference(np.stack(steps, axis=1), full) < tolerance
+
+
+@pytest.mark.parametrize("name,precision", [("holo", MIXED), ("hybrid", FULL), ("ssm", FULL), ("seed", FULL)])
+def test_the_decoding_form_is_the_same_function(name: str, precision: Precision) -> None:
+    """Weights joined, cast and unstacked; and stacked again, as prompts are read with it."""
+    model, ids = variant(name, precision), tokens()
+    fast = decoding_form(model)
+    assert decoding_form(fast) is fast and training_form(model) is model
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(nnx.state(fast, nnx.Param)) if leaf.ndim > 1}
+    assert jnp.dtype(precision.storage) in dtypes
+    full = np.asarray(forward(model, ids))
+    start = prefill(model, ids[:, :-1], piece_size=WIDTH, cache_length=LENGTH)
+    for other in (fast, training_form(fast)):
+        assert difference(forward(other, ids), full) < (2e-5 if precision == FULL else 0.02)
+    again = prefill(fast, ids[:, :-1], piece_size=WIDTH, cache_length=LENGTH)
+    for state in (start.state, again.state):
+        logits = decode_step(fast, ids[:, -1], state).logits
+        assert difference(logits, full[:, -1]) < (2e-5 if precision == FULL else 0.1)
 
 
 @pytest.mark.parametrize("name", ["holo", "hybrid"])
