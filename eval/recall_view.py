@@ -7,28 +7,18 @@ from eval.common import cell, markdown_table
 from eval.published import MQAR, MQAR_ATTENTION
 from eval.results import Results, Value
 
-_FAMILIES = (
-    "attention",
-    "holo",
-    "holo_sum",
-    "holo_nomlp",
-    "ssm",
-    "dual",
-    "seed",
-    "attention_nomlp",
-    "ssm_nomlp",
-)
+_BASES = ("attention", "holo", "holo_sum", "ssm", "dual", "seed")
+_VARIANTS = {"_nomlp": "no MLP", "_linear": "linear MLP"}
 _NAMES = {
     "attention": "softmax attention",
-    "attention_nomlp": "softmax attention, no MLP",
     "holo": "holo (erase)",
     "holo_sum": "holo, pure sum",
-    "holo_nomlp": "holo, no MLP",
     "ssm": "ssm (Mamba-2 style)",
-    "ssm_nomlp": "ssm, no MLP",
     "dual": "dual (as published)",
     "seed": "seed (as published)",
 }
+# Where the published points lie close together their names are moved apart (points of the page).
+_LABEL_OFFSETS = {"gated DeltaNet": (-36, 7), "Based": (7, -9), "GLA": (7, -5)}
 
 
 def family(model: str) -> str:
@@ -37,9 +27,30 @@ def family(model: str) -> str:
     return head if tail[:1].isdigit() else model
 
 
-def _look(name: str) -> dict:
-    index = _FAMILIES.index(name) if name in _FAMILIES else len(_FAMILIES)
-    return {"color": plots.PALETTE[index % 8], "marker": plots.MARKERS[index % 8]}
+def _split(group: str) -> tuple[str, str]:
+    """A family as its base and the suffix of a variant: holo_nomlp is holo and _nomlp."""
+    for suffix in _VARIANTS:
+        if group.endswith(suffix):
+            return group.removesuffix(suffix), suffix
+    return group, ""
+
+
+def _order(group: str) -> tuple[int, str]:
+    base, suffix = _split(group)
+    return (_BASES.index(base) if base in _BASES else len(_BASES)), suffix
+
+
+def _look(group: str) -> dict:
+    """Colour and marker of the base; variants are hollow, with markers of their own."""
+    _, suffix = _split(group)
+    index = _order(group)[0]
+    look = {"color": plots.PALETTE[index % 8], "marker": plots.MARKERS[index % 8]}
+    return look if not suffix else {**look, "mfc": "none", "marker": {"_nomlp": "D", "_linear": "v"}[suffix]}
+
+
+def _name(group: str) -> str:
+    base, suffix = _split(group)
+    return ", ".join(filter(None, (_NAMES.get(base, base), _VARIANTS.get(suffix))))
 
 
 def _measured(results: Results) -> list[str]:
@@ -106,7 +117,7 @@ def _by_test(results: Results, theme: str):
     sizes = {}
     for name in _measured(results):
         sizes.setdefault(family(name), []).append(name)
-    for group in sorted(sizes, key=lambda g: _FAMILIES.index(g) if g in _FAMILIES else 99):
+    for group in sorted(sizes, key=_order):
         look = _look(group)
         for order, name in enumerate(
             sorted(sizes[group], key=lambda m: results.one("state_bytes", model=m).value)
@@ -148,7 +159,7 @@ def _by_state(results: Results, theme: str):
             axis.annotate(
                 name,
                 points[-1],
-                xytext=(6, -3),
+                xytext=_LABEL_OFFSETS.get(name, (6, -3)),
                 textcoords="offset points",
                 fontsize=8.5,
                 color=plots.muted(theme),
@@ -162,9 +173,9 @@ def _by_state(results: Results, theme: str):
         groups.setdefault(family(name), []).append(
             (size, results.one("accuracy_mean", model=name, source=None))
         )
-    for group in sorted(groups, key=lambda g: _FAMILIES.index(g) if g in _FAMILIES else 99):
+    for group in sorted(groups, key=_order):
         points = sorted(groups[group], key=lambda p: p[0])
-        label = f"{_NAMES.get(group, group)}, ours"
+        label = f"{_name(group)}, ours"
         if group.startswith("attention"):
             label += " (cache grows)"
         values = [v for _, v in points]

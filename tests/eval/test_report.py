@@ -11,6 +11,7 @@ import pytest
 from matplotlib import image
 
 from eval import merge, report
+from eval.registry import VIEWS, view_of
 from eval.report_page import markdown
 from eval.results import Results, absent, exact, mean, proportion
 
@@ -185,3 +186,12 @@ def test_a_screenshot_can_be_kept(page, tmp_path, chromium):
     target = os.environ.get("HOLO_REPORT_SCREENSHOT", str(tmp_path / "report.png"))
     chromium("--window-size=1200,2400", f"--screenshot={target}", page.as_uri())
     assert os.path.getsize(target) > 20_000
+
+
+def test_every_evaluation_has_a_view():
+    for name in VIEWS:
+        view = view_of(name)
+        assert callable(view.figures)
+        assert callable(view.table)
+    with pytest.raises(ValueError, match="no evaluation is called 'none'"):
+        view_of("none")
