@@ -132,7 +132,7 @@ def log_ticks(axis, which: str, ticks: Sequence[float], base: int = 2) -> None:
 def line(
     axis, values: Sequence[Value], x: str, *, label: str, colour: str, marker: str = "o", **options
 ) -> None:
-    """Draws values over ``where[x]`` with intervals (a band; bars without a line); absent ones are crosses."""
+    """Draws values over ``where[x]`` with intervals (a band; bars without a line); absent: crosses."""
     present = sorted((v for v in values if v.status == "ok"), key=lambda v: v.where[x])
     xs = [v.where[x] for v in present]
     ys = [v.value for v in present]

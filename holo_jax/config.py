@@ -200,12 +200,14 @@ class HoloConfig:
     def attention(cls, **overrides: Any) -> Self:
         """Softmax attention with rotary positions in the same block; hd_dim defaults to hidden_size."""
         hidden = overrides.get("hidden_size", cls.hidden_size)
-        return cls(**dict(mixer="attention", erase=False, hd_dim=hidden) | overrides)
+        own: dict[str, Any] = dict(mixer="attention", erase=False, hd_dim=hidden)
+        return cls(**own | overrides)
 
     @classmethod
     def ssm(cls, **overrides: Any) -> Self:
         """A Mamba-2-style state-space layer (scalar decay a head) with the same state size as ``holo``."""
-        return cls(**dict(mixer="ssm", erase=False) | overrides)
+        own: dict[str, Any] = dict(mixer="ssm", erase=False)
+        return cls(**own | overrides)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -214,7 +216,7 @@ class HoloConfig:
         Raises:
           ValueError: for another name.
         """
-        presets = {
+        presets: dict[str, Any] = {
             "holo": cls,
             "seed": cls.seed,
             "dual": cls.dual,

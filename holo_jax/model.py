@@ -245,7 +245,8 @@ def init_state(config: HoloConfig, batch: int, *, cache_length: int = 0) -> Mode
         )
 
     def stacked(kind: str) -> Any:
-        one = MIXERS[kind].init_state(_for_kind(config, kind), batch, cache_length)
+        mixer: Any = MIXERS[kind]
+        one = mixer.init_state(_for_kind(config, kind), batch, cache_length)
         return jax.tree.map(lambda a: jnp.repeat(a[None], config.num_periods, axis=0), one)
 
     return ModelState(

@@ -154,7 +154,7 @@ _VARIANTS = {
             weight_decay=0.1,
             clip=1.0,
             b2=0.98,
-            log_every=100,
+            log_every=80,
         ),
         control_from=0.95,
         published=False,

@@ -34,7 +34,7 @@ class AttentionState(NamedTuple):
     values: Float[Array, "b s h d"]
     segment_ids: Int[Array, "b s"]
     times: Int[Array, "b s"]
-    index: Int[Array, "b"]
+    index: Int[Array, "b"]  # type: ignore[assignment]  # tuple.index is not used
 
 
 class AttentionMixer(nnx.Module):

@@ -122,8 +122,8 @@ class MemoryMixer(nnx.Module):
         maps = project(self, x, self.maps)
         values, value_tail = maps["values"], None
         if config.value_conv:
-            before = None if state is None else state.value_tail
-            past = with_tail(values, config.value_conv - 1, before, context.padding)
+            value_before = None if state is None else state.value_tail
+            past = with_tail(values, config.value_conv - 1, value_before, context.padding)
             values = short_convolution(past, self.value_taps[...].astype(values.dtype), context.inside)
             value_tail = next_tail(past, config.value_conv - 1, context.inside)
         values = values.reshape(b, t, h, d)
@@ -131,22 +131,23 @@ class MemoryMixer(nnx.Module):
         if context.real is not None:
             written = jnp.ones((b, t, h), jnp.float32) if gates is None else gates
             gates = jnp.where(context.real[..., None], written, 0.0)
-        erase = gates * jax.nn.sigmoid(maps["erase"]) if config.erase else None
+        erase = None
+        if config.erase:
+            assert gates is not None  # erase needs write_gate, which the configuration checks
+            erase = gates * jax.nn.sigmoid(maps["erase"])
         retrieved = jnp.zeros((b, t, h, d), jnp.dtype(config.precision.memory))
         content = position = tail = None
         if config.addressing != "position":
             past, write, read = self._content_phases(maps["phases"], context, state)
+            content_gates = gates
             if not config.short_conv:
                 follows = (context.inside > 0)[..., None].astype(jnp.float32)
-                strength = jnp.ones((b, t, h), jnp.float32) if gates is None else gates
-                content_gates = follows * strength
-            else:
-                content_gates = gates
+                content_gates = follows * (jnp.ones((b, t, h), jnp.float32) if gates is None else gates)
             before = None if state is None else state.content
             y, content = self._memory(write, read, values, content_gates, erase, context, before)
             retrieved = y if config.addressing == "content" else self.mix[...][1][None, None, :, None] * y
             if state is not None:
-                tail = next_tail(past, state.tail.shape[1], context.inside)
+                tail = next_tail(past, _tail_size(config), context.inside)
         if config.addressing != "content":
             if turns is None:
                 raise ValueError("turns is None; positional addressing needs the layer's phasors")

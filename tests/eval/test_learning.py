@@ -17,8 +17,8 @@ def results(tmp_path_factory) -> Results:
     """Trains in a process of its own, with the compiler's optimisations on and one device."""
     out = tmp_path_factory.mktemp("denoiser")
     environment = dict(os.environ, XLA_FLAGS="", JAX_PLATFORMS="cpu")
-    command = [sys.executable, "-m", "eval.recall", "--config=configs/eval/recall.py:denoiser", f"--out={out}"]
-    command += ["--config.select=('holo','seed')", "--config.control_from=0.0"]
+    command = [sys.executable, "-m", "eval.recall", "--config=configs/eval/recall.py:denoiser"]
+    command += [f"--out={out}", "--config.select=('holo','seed')", "--config.control_from=0.0"]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=580)
     return Results.read(out)
 

@@ -56,9 +56,12 @@ def _one_run(workdir: Path, kills: int, chooser: random.Random) -> tuple[int, in
     killed = in_save = 0
     while killed < kills:
         process = child.start(workdir, OVERRIDES, slow=0.05, **_fault(workdir, chooser))
+        # A descriptor names this process only, where a number could be another's by the time of the kill.
+        descriptor = os.pidfd_open(process.pid)
         if chooser.random() < 0.5:
-            _kill_at_random(process, workdir, chooser)
+            _kill_at_random(descriptor, process, workdir, chooser)
         process.join(300)
+        os.close(descriptor)
         if process.exitcode != -signal.SIGKILL:
             return killed, in_save, process.exitcode
         killed += 1
@@ -75,7 +78,7 @@ def _fault(workdir: Path, chooser: random.Random) -> dict[str, Any]:
     return {"die_in_save": (following, chooser.uniform(0, 0.06))}
 
 
-def _kill_at_random(process: Any, workdir: Path, chooser: random.Random) -> None:
+def _kill_at_random(descriptor: int, process: Any, workdir: Path, chooser: random.Random) -> None:
     """Kills at any moment between the start and some steps on, unless the run dies before by itself."""
     path = workdir / "metrics.jsonl"
 
@@ -87,7 +90,7 @@ def _kill_at_random(process: Any, workdir: Path, chooser: random.Random) -> None
         time.sleep(0.002)
     time.sleep(chooser.uniform(0, 0.05))
     with contextlib.suppress(ProcessLookupError):
-        os.kill(process.pid, signal.SIGKILL)
+        signal.pidfd_send_signal(descriptor, signal.SIGKILL)
 
 
 def save_was_cut(workdir: Path) -> bool:
