@@ -20,6 +20,7 @@ from eval.inference_view import figures, table
 from eval.speed_parts import floors
 from eval.speed_parts.models import MODELS, Size
 from holo_jax.generate import STATE_DTYPES
+from holo_jax.precision import Precision
 
 PARTS = ("reading", "latency", "decoding", "storage", "logits", "drift")
 
@@ -32,6 +33,7 @@ class Settings:
     layers: int
     width: int
     vocab: int
+    activations: str
     piece: int
     lengths: tuple[int, ...]
     latency_contexts: tuple[int, ...]
@@ -40,6 +42,7 @@ class Settings:
     contexts: tuple[int, ...]
     steps: int
     single_steps: bool
+    large: tuple[int, ...]
     samples: int
     copy_bytes: int
     matrix: int
@@ -57,6 +60,9 @@ class Settings:
         for part in self.parts:
             if part not in PARTS:
                 raise ValueError(f"parts names {part!r}; it must be one of {', '.join(PARTS)}")
+        if len(self.large) not in (0, 2):
+            raise ValueError(f"large is {self.large}; it must be (layers, width), or empty for none")
+        Precision(storage=self.activations)
         for text in self.decoders:
             model, _, dtype = text.partition(":")
             if model not in MODELS or (dtype or "float32") not in STATE_DTYPES:
@@ -67,7 +73,7 @@ class Settings:
             value = getattr(self, field.name)
             least = 0 if field.name == "seed" else 65 if field.name == "logit_tokens" else 1
             numbers = value if isinstance(value, tuple) else (value,)
-            if not numbers:
+            if not numbers and field.name != "large":
                 raise ValueError(f"{field.name} is empty; it needs at least one entry")
             for number in numbers:
                 if isinstance(number, int) and not isinstance(number, bool) and number < least:
@@ -79,12 +85,13 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     size = Size(settings.layers, settings.width, settings.vocab)
     seed = settings.seed
     if "reading" in settings.parts:
-        reading.run(reporter, size, settings.lengths, settings.piece, seed)
+        reading.run(reporter, size, settings.activations, settings.lengths, settings.piece, seed)
         _save(reporter)
     if "latency" in settings.parts:
         decoding.latency(
             reporter,
             size,
+            settings.activations,
             settings.latency_contexts,
             piece=settings.piece,
             steps=settings.steps,
@@ -100,19 +107,26 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             samples=settings.samples,
             least_seconds=0.03,
         )
+        shared = dict(
+            activations=settings.activations,
+            steps=settings.steps,
+            samples=settings.samples,
+            ceilings=ceilings,
+            workers=settings.workers,
+            seed=seed,
+        )
         decoding.run(
             reporter,
             settings.decoders,
             size,
             batches=settings.batches,
             contexts=settings.contexts,
-            steps=settings.steps,
             single_steps=settings.single_steps,
-            samples=settings.samples,
-            ceilings=ceilings,
-            workers=settings.workers,
-            seed=seed,
+            **shared,
         )
+        if settings.large:
+            large = Size(*settings.large, settings.vocab)
+            decoding.run(reporter, ("holo",), large, batches=(1,), contexts=(), single_steps=False, **shared)
         _save(reporter)
     if "storage" in settings.parts:
         storage.run(

@@ -52,10 +52,20 @@ def _decoding(results: Results) -> str:
         )
         size = f"{state.value / 2**20:,.1f}" if state else ""
         context = f"{where['context']:,}" if where["context"] else "any"
-        row = (where["batch"], context, where["steps"], cell(value), cell(rate, 0), cell(share, 2), size)
+        row = (
+            where["width"],
+            where["batch"],
+            context,
+            where["steps"],
+            cell(value),
+            cell(rate, 0),
+            cell(share, 2),
+            size,
+        )
         rows.append((name, *row))
     head = (
         "model",
+        "width",
         "batch",
         "context",
         "tokens a call",
@@ -124,7 +134,7 @@ def _draw_rates(results: Results, axis) -> None:
     values = [
         v
         for v in results.select("tokens_per_second", part="decoding", state_dtype="float32")
-        if v.where["steps"] > 1
+        if v.where["steps"] > 1 and v.where["width"] == results.settings["width"]
     ]
     contexts = sorted({v.where["context"] for v in values} - {0}) or [1]
     for batch_index, batch in enumerate(sorted({v.where["batch"] for v in values})):

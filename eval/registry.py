@@ -12,6 +12,7 @@ VIEWS = {
     "perplexity": "eval.perplexity_view",
     "harness": "eval.harness",
     "speed": "eval.speed",
+    "inference": "eval.inference_view",
     "inference": "eval.inference",
 }
 

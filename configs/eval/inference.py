@@ -14,6 +14,8 @@ _SMALL = dict(
     layers=2,
     width=64,
     vocab=512,
+    activations="float32",  # CPUs have no fast bfloat16 product
+    large=(),
     piece=1024,
     batches=(1, 4),
     contexts=(256, 1024, 4096),
@@ -29,6 +31,7 @@ _VARIANTS = {
         layers=12,
         width=1024,
         vocab=32000,
+        activations="bfloat16",  # dtype of activations and products
         piece=4096,  # tokens read at one time
         lengths=(4096, 65_536, 1_048_576),  # reading: peak memory of each, in a process of its own
         latency_contexts=(1024, 1_048_576),  # tokens read before decoding
@@ -37,6 +40,10 @@ _VARIANTS = {
         contexts=(4096, 32_768, 131_072),  # of attention; the others do not depend on it
         steps=64,  # tokens in one call to the device
         single_steps=True,  # also one token a call, at batch 1: what the host costs
+        large=(
+            24,
+            4096,
+        ),  # layers and width of a model whose weights fill the device's time, batch 1; () for none
         samples=7,
         copy_bytes=2**32,
         matrix=8192,

@@ -20,6 +20,7 @@ from holo_jax.generate.decoding import NONE, Decoding, DecodingInputs, decode_bl
 from holo_jax.generate.forms import split_state
 from holo_jax.mixers import AttentionState
 from holo_jax.model import HoloForCausalLM, ModelState
+from holo_jax.precision import Precision
 
 _PLAN = Sampling().plan
 _METRICS = ("milliseconds_per_step", "tokens_per_second", "share_of_bound")
@@ -32,6 +33,7 @@ class Cell:
     """One program: a model, how its state is stored, rows, tokens before it (0: any), tokens a call."""
 
     model: str
+    width: int
     state_dtype: str
     batch: int
     context: int
@@ -46,13 +48,18 @@ class Cell:
 class Decoder:
     """A model of random parameters in decoding form."""
 
-    def __init__(self, name: str, size: Size, seed: int) -> None:
-        self.config = model_config(name, size)
-        self.model = jax.jit(lambda: HoloForCausalLM(self.config, rngs=nnx.Rngs(seed)))()
-        self.graphdef, self.params = nnx.split(decoding_form(self.model), nnx.Param)
+    def __init__(self, name: str, size: Size, activations: str, seed: int) -> None:
+        self.config = model_config(name, size, precision=Precision(storage=activations))
+        make = jax.jit(lambda: decoding_form(HoloForCausalLM(self.config, rngs=nnx.Rngs(seed))))
+        self.graphdef, self.params = nnx.split(make(), nnx.Param)
         # Of an untied embedding only the rows of the tokens are read.
         table = 0 if self.config.tie_embeddings else self.params["model"]["embedding"][...].nbytes
         self.weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)) - table
+
+    @property
+    def model(self) -> HoloForCausalLM:
+        """The module."""
+        return nnx.merge(self.graphdef, self.params)
 
     def inputs(self, batch: int) -> DecodingInputs:
         """Sampling from the model's own distribution, no stop token."""
@@ -106,6 +113,7 @@ def run(
     decoders: Sequence[str],
     size: Size,
     *,
+    activations: str,
     batches: Sequence[int],
     contexts: Sequence[int],
     steps: int,
@@ -118,12 +126,12 @@ def run(
     """Times every decoder at every batch (and context, for attention) that fits the device."""
     spare = steps * (samples + 2)
     for name in dict.fromkeys(text.partition(":")[0] for text in decoders):
-        decoder = Decoder(name, size, seed)
+        decoder = Decoder(name, size, activations, seed)
         dtypes = [text.partition(":")[2] or "float32" for text in decoders if text.partition(":")[0] == name]
         lengths = contexts if "attention" in decoder.config.layer_kinds else (0,)
-        cells = [Cell(name, d, b, c, steps) for d in dtypes for c in lengths for b in batches]
+        cells = [Cell(name, size.width, d, b, c, steps) for d in dtypes for c in lengths for b in batches]
         if single_steps:
-            cells.append(Cell(name, dtypes[0], min(batches), lengths[0], 1))
+            cells.append(Cell(name, size.width, dtypes[0], min(batches), lengths[0], 1))
         fitting = [cell for cell in cells if _fits(reporter, decoder, cell, spare)]
         for cell, built in zip(
             fitting, compile_all([decoder.job(cell, spare) for cell in fitting], workers), strict=True
@@ -178,6 +186,7 @@ def _time(
 def latency(
     reporter: Reporter,
     size: Size,
+    activations: str,
     contexts: Sequence[int],
     *,
     piece: int,
@@ -186,9 +195,9 @@ def latency(
     seed: int,
 ) -> None:
     """Decoding after reading few and many tokens, in turns; fails as a control above 3% of difference."""
-    decoder = Decoder("holo", size, seed)
+    decoder = Decoder("holo", size, activations, seed)
     tokens = np.random.default_rng(seed).integers(0, size.vocab, max(contexts), np.int32)
-    shapes = jax.eval_shape(lambda: decoder.start(Cell("holo", "float32", 1, 0, steps), steps))
+    shapes = jax.eval_shape(lambda: decoder.start(Cell("holo", size.width, "float32", 1, 0, steps), steps))
     program = decode_block.lower(
         decoder.graphdef, decoder.params, shapes, decoder.inputs(1), steps=steps, plan=_PLAN
     ).compile()

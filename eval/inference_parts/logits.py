@@ -1,5 +1,6 @@
 """What storing the state in fewer bits does to the logits: error, loss, agreement on the likeliest token."""
 
+import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,15 +100,8 @@ def _model_and_tokens(directory: str, count: int, seed: int) -> tuple[HoloForCau
     loaded = load_pretrained(directory)
     if loaded.tokenizer is None:
         raise ValueError(f"{directory} has no tokenizer; its model cannot read text")
-    text = Path(argparse_source()).read_text()
+    text = Path(argparse.__file__).read_text()  # a text that every machine has
     ids = np.asarray(loaded.tokenizer.encode(text)[:count], np.int32)
     if len(ids) < count:
         raise ValueError(f"logit_tokens is {count}; the text has only {len(ids)}")
     return loaded.model, ids
-
-
-def argparse_source() -> str:
-    """A text that every machine has: a module of the standard library."""
-    import argparse
-
-    return argparse.__file__

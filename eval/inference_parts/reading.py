@@ -26,16 +26,24 @@ from eval.speed_parts.models import Size, model_config
 from eval.speed_parts.timing import say
 from holo_jax.generate import prefill, state_bytes
 from holo_jax.model import HoloForCausalLM
+from holo_jax.precision import Precision
 
 _TIMEOUT = 900
 
 
-def run(reporter: Reporter, size: Size, lengths: Sequence[int], piece: int, seed: int) -> None:
+def run(
+    reporter: Reporter, size: Size, activations: str, lengths: Sequence[int], piece: int, seed: int
+) -> None:
     """Reads each length with ``holo``; reports peaks and rates."""
     peaks = {}
     for length in lengths:
         where = {"part": "reading", "model": "holo", "tokens": length}
-        request = dataclasses.asdict(size) | {"length": length, "piece": piece, "seed": seed}
+        request = dataclasses.asdict(size) | {
+            "activations": activations,
+            "length": length,
+            "piece": piece,
+            "seed": seed,
+        }
         try:
             measured = _in_a_process(request)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
@@ -69,9 +77,11 @@ def _in_a_process(request: dict[str, Any]) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(length: int, piece: int, seed: int, layers: int, width: int, vocab: int) -> dict[str, float]:
+def measure(
+    *, layers: int, width: int, vocab: int, activations: str, length: int, piece: int, seed: int
+) -> dict[str, float]:
     """Reads ``length`` random tokens in this process: peak bytes, tokens a second, bytes of the state."""
-    config = model_config("holo", Size(layers, width, vocab))
+    config = model_config("holo", Size(layers, width, vocab), precision=Precision(storage=activations))
     model = jax.jit(lambda: HoloForCausalLM(config, rngs=nnx.Rngs(seed)))()
     tokens = np.random.default_rng(seed).integers(0, vocab, (1, length), np.int32)
     jax.block_until_ready(prefill(model, tokens[:, :piece], piece_size=piece))
