@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.faults import damage, fuzz, kills, stalls, storage
+from tests.faults import damage, elastic, fuzz, kills, stalls, storage
 
 
 def main() -> int:
@@ -18,11 +18,12 @@ def main() -> int:
     parser.add_argument("--flips", type=int, default=500, help="single-bit flips of a checkpoint")
     parser.add_argument("--mutations", type=int, default=10_000, help="mutated files of every format")
     parser.add_argument("--seed", type=int, default=0, help="of moments, bits and mutations")
-    parser.add_argument("--only", choices=("kills", "damage", "fuzz", "stalls", "storage"))
+    parser.add_argument("--only", choices=("kills", "damage", "elastic", "fuzz", "stalls", "storage"))
     arguments = parser.parse_args()
     drivers = {
         "kills": lambda at: kills.run(at, arguments.kills, arguments.seed),
         "damage": lambda at: damage.run(at, arguments.flips, arguments.seed),
+        "elastic": elastic.run,
         "fuzz": lambda at: fuzz.run(at, arguments.mutations, arguments.seed),
         "stalls": stalls.run,
         "storage": storage.run,
