@@ -13,7 +13,6 @@ VIEWS = {
     "harness": "eval.harness",
     "speed": "eval.speed",
     "inference": "eval.inference_view",
-    "inference": "eval.inference",
 }
 
 

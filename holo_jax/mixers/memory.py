@@ -33,7 +33,7 @@ class MemoryMixerState(NamedTuple):
 
 
 class MemoryMixer(nnx.Module):
-    """Writes each token's value under a phasor key and reads with another; DESIGN in docs/design.md.
+    """Writes each token's value under a phasor key and reads with another (docs/design.md).
 
     With raw phases p_t = phase_scale * W x_t, write phases a and read phases b are two causal
     convolutions of p, which start as the previous and the current token's phase ("bind the value to
