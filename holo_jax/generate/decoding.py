@@ -19,7 +19,7 @@ from holo_jax.generate.checks import (
     check_ids,
     check_room,
 )
-from holo_jax.generate.forms import decoding_form, is_split, split_state, stack_state
+from holo_jax.generate.forms import decoding_form, is_split, owned, split_state, stack_state
 from holo_jax.generate.reading import PIECE_SIZE, Reading, init_state, next_logits, prefill, read
 from holo_jax.generate.sampling import Plan, Sampling, SamplingNumbers, sample
 from holo_jax.model import HoloForCausalLM, ModelState, positional_turns
@@ -150,13 +150,14 @@ def generate(
         stop_tokens=jnp.asarray(np.pad(stops, (0, -stops.size % 4 or 4), constant_values=NONE)),
         allowed=jnp.int32(allowed),
     )
+    graphdef, params = nnx.split(decoding_form(model), nnx.Param)
     decoding = Decoding(
         logits=start.logits,
         state=split_state(start.state),
         remaining=jnp.full((batch,), max_new_tokens, jnp.int32),
         seen=_seen(rows, seen, batch, config.vocab_size) if sampling.penalises else None,
     )
-    graphdef, params = nnx.split(decoding_form(model), nnx.Param)
+    decoding = owned(params, decoding)
     tokens: list[list[int]] = [[] for _ in range(batch)]
     for _ in range(-(-max_new_tokens // block_size)):
         decoding, block, finite = decode_block(
@@ -230,7 +231,7 @@ def _start(
     state_dtype: str,
     piece_size: int,
 ) -> tuple[list[Row], Reading]:
-    """The rows of the prompts, and what has been read when generation begins; buffers of its own."""
+    """The rows of the prompts, and what has been read when generation begins."""
     config = model.config
     if prompts is None:
         if state is None or logits is None:
@@ -241,7 +242,7 @@ def _start(
                 f"logits has shape {logits.shape}; it must be ({batch}, {config.vocab_size}), as the state"
             )
         check_room(state, config, np.full(batch, max_new_tokens))
-        return [], Reading(jnp.array(logits, jnp.float32), jax.tree.map(jnp.copy, state))
+        return [], Reading(jnp.asarray(logits, jnp.float32), state)
     if logits is not None:
         raise ValueError("logits is given with prompts; they belong to a state without them")
     rows = as_rows(prompts, config.vocab_size)

@@ -5,6 +5,7 @@ one token it copies every layer's weights out of the stack, and every attention 
 split form has separate arrays instead, which are updated in place.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -85,6 +86,17 @@ def training_form(model: HoloForCausalLM) -> HoloForCausalLM:
     together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(part[1] for part in parts))
     stacked.model.periods = nnx.merge(parts[0][0], together)
     return stacked
+
+
+@partial(jax.jit, keep_unused=True)
+def owned(params: Any, tree: Any) -> Any:
+    """Copies of the arrays, placed as results of functions of ``params`` are.
+
+    A loop must get its first input placed like its own output: JAX compiles once for arrays that are bound
+    to a device (as loaded parameters, and all that is computed from them) and once for those that are not.
+    """
+    del params
+    return jax.tree.map(jnp.copy, tree)
 
 
 @jax.jit

@@ -12,7 +12,7 @@ from flax import nnx
 from holo_jax.array_types import Array, Bool, Float, Int
 from holo_jax.config import HoloConfig
 from holo_jax.generate.checks import Row, as_count, as_rows, check_batch, check_ids, check_room
-from holo_jax.generate.forms import is_split, split_state, stack_state, training_form
+from holo_jax.generate.forms import is_split, owned, split_state, stack_state, training_form
 from holo_jax.generate.state_precision import compress_state, expand_state, stored_dtype
 from holo_jax.model import HoloForCausalLM, ModelState
 from holo_jax.model import init_state as empty_state
@@ -123,9 +123,9 @@ def prefill(
         state = init_state(config, len(rows), cache_length=room, state_dtype=state_dtype)
     else:
         check_batch(state, len(rows))
-        state = jax.tree.map(jnp.copy, state)  # pieces write over the state they are given
     check_room(state, config, lengths)
     graphdef, params = nnx.split(model, nnx.Param)
+    state = owned(params, state)  # pieces write over the state they are given
     hidden = None
     for begin, end in _pieces(int(lengths.max()), piece_size):
         ids, real = _piece(rows, int(lengths.max()), begin, end)

@@ -232,6 +232,18 @@ def test_reading_longer_prompts_compiles_nothing_and_allocates_nothing_more() ->
     assert state_bytes(short.state) == state_bytes(long.state)
 
 
+def test_loaded_parameters_and_states_compile_once() -> None:
+    """Arrays bound to a device, as loaded ones are, do not compile the second piece or block anew."""
+    model = jax.device_put(variant("holo"), jax.devices()[0])
+    pieces, blocks = _read_piece._cache_size(), decode_block._cache_size()
+    options = dict(max_new_tokens=15, block_size=5)
+    result = generate(model, [PROMPTS[0]] * 2, piece_size=4, **options)
+    assert (_read_piece._cache_size(), decode_block._cache_size()) == (pieces + 1, blocks + 1)
+    host = jax.tree.map(np.asarray, (result.state, result.logits))
+    generate(model, state=host[0], logits=host[1], **options)
+    assert decode_block._cache_size() == blocks + 1
+
+
 def test_another_temperature_compiles_nothing() -> None:
     model = variant("holo")
     options = dict(max_new_tokens=12, **SIZES)
