@@ -1,6 +1,8 @@
 """Shared test set-up: CPU, eight fake devices, no silent rank promotion, checked shape annotations.
 
-``HOLO_TEST_PLATFORM=cuda`` runs the same suite on a GPU. Compiled programs are kept in
+``HOLO_TEST_PLATFORM=cuda`` runs the same suite on a GPU, with float32 products in full precision (tolerances
+are for float32, and a GPU's default is shorter); tests marked ``devices`` need that many and are skipped with
+fewer. Compiled programs are kept in
 ``.pytest_cache/jax`` and, on the CPU, compiled without costly optimisation: the suite runs many tiny
 programs once.
 """
@@ -17,6 +19,9 @@ if _platform == "cpu":
         if _flag.split("=")[0] not in _flags:
             _flags = f"{_flags} {_flag}"
     os.environ["XLA_FLAGS"] = _flags.strip()
+else:
+    # Many processes share one card.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
@@ -26,5 +31,18 @@ from jaxtyping import install_import_hook
 install_import_hook("holo_jax.functional", "beartype.beartype")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+if _platform != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips tests that need more devices than there are."""
+    for item in items:
+        marker = item.get_closest_marker("devices")
+        if marker and jax.device_count() < marker.args[0]:
+            item.add_marker(
+                pytest.mark.skip(reason=f"needs {marker.args[0]} devices, has {jax.device_count()}")
+            )

@@ -33,7 +33,7 @@ def _gradient(read):
     return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)), compiler_options=FAST_COMPILE)
 
 
-@pytest.mark.skipif(jax.device_count() < BATCH * HEADS, reason="needs four devices")
+@pytest.mark.devices(BATCH * HEADS)
 @pytest.mark.parametrize("rule", ["hadamard", "erase"])
 def test_sharded_rows_and_heads(rule):
     """By the partitioner, without collectives in the gradients, and inside ``shard_map``."""

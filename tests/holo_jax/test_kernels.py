@@ -133,6 +133,7 @@ def test_less_than_a_chunk_stays_portable_unless_asked_for(monkeypatch):
     assert kernels.choose(call, "hopper") == "hopper"
 
 
+@pytest.mark.devices(8)
 def test_several_devices_are_noticed():
     assert jax.device_count() > 1 and kernels.capability.partitioned()
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

@@ -66,6 +66,7 @@ def equal(a, b) -> bool:
     )
 
 
+@pytest.mark.devices(8)
 def test_elastic_restore_is_bit_equal(tmp_path) -> None:
     target = store(tmp_path)
     target.save(1, state(8, seed=1), {"note": 1})

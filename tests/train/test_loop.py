@@ -89,6 +89,7 @@ def test_a_stopped_run_goes_on_exactly(uninterrupted, tmp_path, step: int) -> No
     assert read_curve(workdir) == read_curve(uninterrupted[0])
 
 
+@pytest.mark.devices(8)
 def test_a_run_moves_to_other_meshes(uninterrupted, tmp_path) -> None:
     workdir = tmp_path / "run"
     for devices, stop_after in ((8, 3), (1, 8), (8, None)):

@@ -21,6 +21,8 @@ from train.sharding import (
     put_batch,
 )
 
+pytestmark = pytest.mark.devices(8)
+
 
 def mesh(**sizes: int):
     return make_mesh(micro_config(**{f"mesh__{name}": size for name, size in sizes.items()}).mesh)

@@ -89,6 +89,7 @@ def test_padding_changes_nothing() -> None:
     assert results[0] == results[1]
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("preset", "sizes"),
     [("holo", {"data": 8}), ("holo", {"fsdp": 8}), ("seed", {"data": 2, "fsdp": 2, "tensor": 2})],
@@ -104,6 +105,7 @@ def test_eight_devices_equal_one(preset: str, sizes: dict[str, int]) -> None:
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.devices(8)
 def test_initialisation_does_not_depend_on_the_mesh() -> None:
     states = []
     for mesh in (one_device(), make_mesh(micro_config(mesh__fsdp=8).mesh)):
