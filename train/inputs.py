@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
@@ -32,17 +33,29 @@ class Inputs:
     heldout_split: str = "heldout"
 
     @property
-    def identity(self) -> dict[str, str]:
-        """Fingerprints by name; a run is resumed with the same ones only."""
-        named = {"data.train": self.train.fingerprint, "data.heldout": self.heldout.fingerprint}
+    def identity(self) -> dict[str, Any]:
+        """What the data is, in plain values by name; a run is resumed with the same only."""
+        found = {"train": _describe(self.train), "heldout": _describe(self.heldout)}
         if self.tokenizer is not None:
-            named["data.tokenizer"] = describe_tokenizer(self.tokenizer)["sha256"]
-        return named
+            fields = describe_tokenizer(self.tokenizer)
+            # Not the library: the files decide what a tokenizer does, and an update must not end a run.
+            found["tokenizer"] = {name: fields[name] for name in ("kind", "vocab_size", "sha256")}
+        return found
 
     def heldout_documents(self) -> Iterator[Document]:
         """Every held-out document, whole."""
         parts = self.heldout.datasets if isinstance(self.heldout, Mixture) else (self.heldout,)
         return itertools.chain.from_iterable(part.documents(self.heldout_split) for part in parts)
+
+
+def _describe(data: Dataset | Mixture) -> dict[str, Any]:
+    if isinstance(data, Mixture):
+        parts = {str(number): _describe(part) for number, part in enumerate(data.datasets)}
+        return {"weights": [float(weight) for weight in data.weights], "parts": parts}
+    found = {"records": len(data), "context_length": data.context_length, "vocab_size": data.vocab_size}
+    if isinstance(data, PreparedDataset):
+        found |= data.description
+    return found | {"fingerprint": data.fingerprint}
 
 
 def open_inputs(config: RunConfig) -> Inputs:

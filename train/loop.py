@@ -29,7 +29,7 @@ from train.optimizer import learning_rate_schedule, make_optimizer
 from train.preemption import StopRequest, stop_on_signals
 from train.progress import ProgressDisplay
 from train.recorder import Recorder, RollbackNeeded
-from train.resume import CHECKPOINT_DIRECTORY, check_identity, restore_newest, write_identity
+from train.resume import CHECKPOINT_DIRECTORY, check_identity, restore_newest
 from train.rollback import decide_rollback
 from train.run_config import OptimizerConfig, RunConfig
 from train.sharding import batch_sharding, check_batch, make_mesh, put_batch, replicated
@@ -151,7 +151,7 @@ def _open_run(
         workdir.mkdir(parents=True, exist_ok=True)
         lock = RunLock(workdir)
         stack.callback(lock.close)
-        write_identity(workdir, config, inputs.identity)
+        config.write(workdir, inputs.identity)
         if inputs.tokenizer is not None:
             save_tokenizer(inputs.tokenizer, workdir / TOKENIZER)
     except OSError as error:

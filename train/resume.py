@@ -1,7 +1,7 @@
 """Where a run starts: from the newest good checkpoint, from nothing, or not at all."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +9,23 @@ from train.checkpoint import CheckpointStore, Restored
 from train.decisions import DECISIONS_FILE, Rollback, before
 from train.errors import CheckpointError, ResumeError, UsageError
 from train.metrics import METRICS_FILE, iterate_rows
-from train.run_config import CONFIG_FILE, RunConfig, differences, read_object
+from train.run_config import CONFIG_FILE, IDENTITY, RunConfig, differences
 
 CHECKPOINT_DIRECTORY = "checkpoints"
-DATA_FILE = "data.json"
+_DATA = f"data.{IDENTITY}"
 
 
 def check_identity(
-    workdir: Path, config: RunConfig, data: dict[str, str], accepted: Collection[str] = ()
+    workdir: Path, config: RunConfig, identity: Mapping[str, Any], accepted: Collection[str] = ()
 ) -> list[str]:
     """Compares a run directory's configuration and data with those asked for.
 
     Args:
       workdir: may not exist yet.
       config: asked for.
-      data: fingerprints of the data asked for, see ``Inputs.identity``.
-      accepted: dotted names of fields, or of whole sections, that may differ.
+      identity: of the data asked for, see ``Inputs.identity``.
+      accepted: dotted names of fields, or of whole sections, that may differ from the run's;
+        ``data.identity`` is the section of what the data is.
 
     Returns:
       The accepted differences, one line each.
@@ -33,39 +34,38 @@ def check_identity(
       ResumeError: with every other difference, field by field.
       UsageError: for an accepted name that is no field, or an unreadable record.
     """
-    wanted = config.to_dict()
-    for name in (CONFIG_FILE, DATA_FILE):
-        if not (workdir / name).exists() and (workdir / CHECKPOINT_DIRECTORY).exists():
-            raise UsageError(
-                f"{workdir} has checkpoints but no {name}; put it back (every checkpoint's meta holds a copy)"
-            )
-    for name in accepted:
-        if not _is_field(wanted, name) and name not in data and name != "data":
-            raise UsageError(f"{name} cannot be accepted as changed: it is no field of the configuration")
+    wanted = _with_identity(config, identity)
+    begun = (workdir / CHECKPOINT_DIRECTORY).exists()
+    recorded = None
     found: dict[str, tuple[Any, Any]] = {}
     if (workdir / CONFIG_FILE).exists():
-        found |= differences(RunConfig.read(workdir).to_dict(), wanted)
-    if (workdir / DATA_FILE).exists():
-        found |= differences(read_object(workdir / DATA_FILE), data)
+        old, recorded = RunConfig.read_with_identity(workdir)
+        # A configuration written by hand says nothing of the data yet; a run that has begun does.
+        known = identity if recorded is None and not begun else recorded
+        found = differences(_with_identity(old, known), wanted)
+    if begun and recorded is None:
+        raise UsageError(
+            f"{workdir} has checkpoints but no {CONFIG_FILE} with data.{IDENTITY}; "
+            "put it back (every checkpoint's meta holds a copy)"
+        )
+    for name in accepted:
+        if not _is_field(wanted, name) and name not in found:
+            raise UsageError(f"{name} cannot be accepted as changed: it is no field of the configuration")
     lines = {name: f"{name}: {_short(old)} -> {_short(new)}" for name, (old, new) in found.items()}
-    refused = [
-        line for name, line in lines.items() if not any(f"{name}.".startswith(f"{a}.") for a in accepted)
-    ]
+    refused = [name for name in lines if not any(f"{name}.".startswith(f"{a}.") for a in accepted)]
     if refused:
-        names = ",".join(name for name, line in lines.items() if line in refused)
+        names = dict.fromkeys(_DATA if f"{name}.".startswith(f"{_DATA}.") else name for name in refused)
         raise ResumeError(
-            f"{workdir} holds a run of another configuration: {'; '.join(refused)}. Use another --workdir, "
-            f"or go on with the change by --accept={names}"
+            f"{workdir} holds a run of another configuration: {'; '.join(lines[name] for name in refused)}. "
+            f"Use another --workdir, or go on with the change by --accept={','.join(names)}"
         )
     return list(lines.values())
 
 
-def write_identity(workdir: Path, config: RunConfig, data: dict[str, str]) -> None:
-    """Records configuration and data in the run directory, each file in one piece."""
-    config.write(workdir)
-    part = (workdir / DATA_FILE).with_suffix(".part")
-    part.write_text(json.dumps(data, indent=2) + "\n")
-    part.replace(workdir / DATA_FILE)
+def _with_identity(config: RunConfig, identity: Any) -> dict[str, Any]:
+    values = config.to_dict()
+    values["data"][IDENTITY] = identity
+    return values
 
 
 def restore_newest(

@@ -17,6 +17,7 @@ from holo_jax.precision import Precision
 from train.errors import ConfigError, UsageError
 
 CONFIG_FILE = "config.json"
+IDENTITY = "identity"  # in the section ``data`` of the file: what the data was, beside where it was
 _MAX_JSON_BYTES = 1 << 24
 
 
@@ -239,11 +240,14 @@ class RunConfig:
         """
         return _read_section(cls, values, "")
 
-    def write(self, workdir: Path) -> None:
-        """Writes ``config.json``, in one piece."""
+    def write(self, workdir: Path, identity: Mapping[str, Any] | None = None) -> None:
+        """Writes ``config.json``, in one piece; ``identity`` of the data goes into its section ``data``."""
+        values = self.to_dict()
+        if identity is not None:
+            values["data"][IDENTITY] = identity
         target = workdir / CONFIG_FILE
         part = target.with_suffix(".part")
-        part.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        part.write_text(json.dumps(values, indent=2) + "\n")
         part.replace(target)
 
     @classmethod
@@ -253,9 +257,17 @@ class RunConfig:
         Raises:
           UsageError: if it is missing or unreadable, ConfigError if a field is wrong.
         """
+        return cls.read_with_identity(workdir)[0]
+
+    @classmethod
+    def read_with_identity(cls, workdir: Path) -> tuple[Self, Any]:
+        """``read``, and the identity of the data as it was written; None if there is none."""
         if not (workdir / CONFIG_FILE).exists():
             raise UsageError(f"{workdir} is no run directory: it has no {CONFIG_FILE}")
-        return cls.from_dict(read_object(workdir / CONFIG_FILE))
+        values = read_object(workdir / CONFIG_FILE)
+        data = values.get("data")
+        identity = data.pop(IDENTITY, None) if isinstance(data, dict) else None
+        return cls.from_dict(values), identity
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -9,18 +9,20 @@ from typing import Any
 from tests.train.common import micro_config
 from train.decisions import DECISIONS_FILE, Rollback, append_rollback, read_rollbacks
 from train.errors import TrainError
+from train.inputs import open_inputs
 from train.lock import LOCK_FILE, RunLock
 from train.manifest import MANIFEST_FILE, DamageError, verify, write_manifest
 from train.metrics import METRICS_FILE, MetricsLog
-from train.resume import DATA_FILE, check_identity, write_identity
-from train.run_config import CONFIG_FILE, RunConfig
+from train.resume import check_identity
+from train.run_config import CONFIG_FILE
 
 
 def run(directory: Path, mutations: int, seed: int) -> list[str]:
     """Mutates config, data identity, decisions, metrics, lock and manifest in turn and reads them."""
     chooser = random.Random(seed)
-    config, data = micro_config(), {"data.train": "a" * 64, "data.heldout": "b" * 64}
-    write_identity(directory, config, data)
+    config = micro_config()
+    identity = open_inputs(config).identity
+    config.write(directory, identity)
     append_rollback(directory, Rollback(4, 7, 7, "test"))
     rows = [{"step": step, "loss": 1.0 / step} for step in range(1, 5)]
     (directory / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -31,8 +33,7 @@ def run(directory: Path, mutations: int, seed: int) -> list[str]:
     (checkpoint / "data").write_bytes(b"data")
     write_manifest(checkpoint, {"step": 1, "metric": None})
     readers: dict[Path, Callable[[], Any]] = {
-        directory / CONFIG_FILE: lambda: RunConfig.read(directory),
-        directory / DATA_FILE: lambda: check_identity(directory, config, data),
+        directory / CONFIG_FILE: lambda: check_identity(directory, config, identity),
         directory / DECISIONS_FILE: lambda: read_rollbacks(directory),
         directory / METRICS_FILE: lambda: MetricsLog(directory, 3, tensorboard=False).close(),
         directory / LOCK_FILE: lambda: RunLock(directory).close(),

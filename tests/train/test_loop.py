@@ -58,7 +58,6 @@ def test_a_run_leaves_what_it_promises(uninterrupted) -> None:
         ".lock",
         "checkpoints",
         "config.json",
-        "data.json",
         "loss.png",
         "metrics.jsonl",
         "summary.json",
@@ -141,13 +140,15 @@ def test_a_change_accepted_by_name_is_made(uninterrupted, tmp_path) -> None:
 def test_other_data_is_refused(uninterrupted, tmp_path) -> None:
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted[0], workdir)
-    identity = json.loads((workdir / "data.json").read_text())
-    (workdir / "data.json").write_text(json.dumps(identity | {"data.train": "0" * 64}))
-    with pytest.raises(
-        ResumeError, match=r"data\.train: .* Use another --workdir, or .* --accept=data\.train"
-    ):
+    values = json.loads((workdir / "config.json").read_text())
+    values["data"]["identity"]["train"] |= {"records": 7, "fingerprint": "0" * 64}
+    (workdir / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ResumeError) as caught:
         run(workdir)
-    assert run(workdir, accept=["data.train"])[0].step == 12
+    assert "data.identity.train.records: 7 -> 65536; data.identity.train.fingerprint: " in str(caught.value)
+    assert str(caught.value).endswith(" --accept=data.identity")
+    assert run(workdir, accept=["data.identity.train"])[0].step == 12
+    assert run(workdir)[0].step == 12
 
 
 def test_nothing_is_written_before_everything_fits(tmp_path) -> None:
@@ -208,8 +209,7 @@ def test_the_previous_checkpoint_takes_over(uninterrupted, tmp_path) -> None:
 def test_a_kill_before_the_first_commit_starts_anew(uninterrupted, tmp_path) -> None:
     workdir = tmp_path / "run"
     (workdir / "checkpoints" / "0").mkdir(parents=True)
-    for name in ("config.json", "data.json"):
-        shutil.copy(uninterrupted[0] / name, workdir)
+    shutil.copy(uninterrupted[0] / "config.json", workdir)
     _, messages = run(workdir)
     assert "put aside" in messages[0] and "new run" in messages[1]
     assert read_curve(workdir) == read_curve(uninterrupted[0])
@@ -219,8 +219,11 @@ def test_a_lost_config_is_not_replaced_by_another(uninterrupted, tmp_path) -> No
     workdir = tmp_path / "run"
     shutil.copytree(uninterrupted[0], workdir)
     (workdir / "config.json").unlink()
-    with pytest.raises(UsageError, match=r"has checkpoints but no config\.json"):
+    with pytest.raises(UsageError, match=r"has checkpoints but no config\.json with data\.identity"):
         run(workdir, micro_config(optimizer__b1=0.5))
+    micro_config().write(workdir)
+    with pytest.raises(UsageError, match=r"has checkpoints but no config\.json with data\.identity"):
+        run(workdir)
 
 
 def test_a_run_in_use_is_refused(tmp_path) -> None:

@@ -12,7 +12,7 @@ from array_record.python import array_record_module
 
 from train.corpus.dataset import Document, Record, segments_to_record
 from train.corpus.errors import DataError, ShardError
-from train.corpus.files import sha256_bytes
+from train.corpus.files import sha256_bytes, to_json
 from train.corpus.manifest import MANIFEST_FILE, TOKENIZER_DIRECTORY, Json, read_manifest
 from train.corpus.packing import PackedRecord, decode_record
 from train.corpus.shards import READER_OPTIONS
@@ -96,6 +96,27 @@ class PreparedDataset:
     @property
     def fingerprint(self) -> str:
         return sha256_bytes(f"{self.manifest_sha256}/{self.split}/{self._context_length}".encode())
+
+    @property
+    def description(self) -> Json:
+        """What the split holds and from what, in plain values: counts to read, hashes to compare.
+
+        Long lists of files are a count and one hash over their names and hashes.
+        """
+        split = self.manifest["splits"][self.split]
+        counts = ("documents", "tokens", "text_bytes")
+        sources = [shard["source"] for shard in self._shards]
+        return {
+            "split": self.split,
+            **{name: split[name] for name in counts},
+            "subsets": {name: entry["tokens"] for name, entry in split["subsets"].items()},
+            "options": self.manifest["options"],
+            "source": self.manifest["source"],
+            "source_files": _summary({source["name"]: source["sha256"] for source in sources}),
+            "shards": _summary({shard["file"]: shard["sha256"] for shard in self._shards}),
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "manifest_sha256": self.manifest_sha256,
+        }
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -211,3 +232,7 @@ class PreparedDataset:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._readers, self._lock = collections.OrderedDict(), threading.Lock()
+
+
+def _summary(hashes: dict[str, str]) -> Json:
+    return {"count": len(hashes), "sha256": sha256_bytes(to_json(hashes))}
