@@ -66,7 +66,12 @@ class Reporter:
     def add(self, *values: Value) -> None:
         """Adds values, and writes them when the last write is long ago."""
         self.values.extend(values)
-        if self.out is not None and time.monotonic() - self._written > _WRITE_EVERY:
+        if time.monotonic() - self._written > _WRITE_EVERY:
+            self.save()
+
+    def save(self) -> None:
+        """Writes what there is so far, so that a run that is stopped leaves it."""
+        if self.out is not None and self.values:
             self.results(notes=[*self.notes, _UNFINISHED]).write(self.out)
             self._written = time.monotonic()
 

@@ -86,7 +86,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     seed = settings.seed
     if "reading" in settings.parts:
         reading.run(reporter, size, settings.activations, settings.lengths, settings.piece, seed)
-        _save(reporter)
+        reporter.save()
     if "latency" in settings.parts:
         decoding.latency(
             reporter,
@@ -98,7 +98,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             samples=settings.samples,
             seed=seed,
         )
-        _save(reporter)
+        reporter.save()
     if "decoding" in settings.parts:
         ceilings = floors.measure(
             reporter,
@@ -127,7 +127,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         if settings.large:
             large = Size(*settings.large, settings.vocab)
             decoding.run(reporter, ("holo",), large, batches=(1,), contexts=(), single_steps=False, **shared)
-        _save(reporter)
+        reporter.save()
     if "storage" in settings.parts:
         storage.run(
             reporter,
@@ -137,16 +137,11 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             trials=settings.storage_trials,
             seed=seed,
         )
-        _save(reporter)
+        reporter.save()
     if "logits" in settings.parts:
         logits.run(reporter, run_directory=settings.run, tokens=settings.logit_tokens, seed=seed)
     if "drift" in settings.parts:
         drift.run(reporter, settings.drift_steps, seed)
-
-
-def _save(reporter: Reporter) -> None:
-    if reporter.out is not None:
-        reporter.results().write(reporter.out)
 
 
 def main(argv: list[str] | None = None) -> int:

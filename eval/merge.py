@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval import plots
+from eval import models, plots
 from eval.registry import view_of
 from eval.results import Results, write_atomically
 
@@ -45,6 +45,8 @@ def merge(runs: Sequence[Results]) -> Results:
         if name in settings:
             settings[name] = tuple(dict.fromkeys(entry for run in runs for entry in run.settings[name]))
     notes = list(dict.fromkeys(note for run in runs for note in run.notes))
+    if models.MISSING_CONTROL in notes and models.has_control(settings["models"], settings["select"]):
+        notes.remove(models.MISSING_CONTROL)
     return Results(
         evaluation=first.evaluation,
         settings=settings,

@@ -8,6 +8,13 @@ from holo_jax import HoloConfig
 from holo_jax.precision import Precision
 from train.model_functions import ModelFunctions, model_functions
 
+MISSING_CONTROL = "attention, the control of the harness, was not among the models of this run"
+
+
+def has_control(models: Mapping[str, Mapping], select: tuple[str, ...]) -> bool:
+    """Whether attention, which must solve the task, is among the selected models."""
+    return any(models[name]["preset"] == "attention" for name in select)
+
 
 def check_selection(models: Mapping[str, Mapping], select: tuple[str, ...]) -> None:
     """Refuses an empty selection or a name that is not defined, naming the nearest.

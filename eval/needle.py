@@ -236,8 +236,9 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     reporter.steps.expect(len(settings.select) * (settings.grid.steps + cells))
     for name in settings.select:
         run_model(name, settings, reporter)
-    if not any(settings.models[name]["preset"] == "attention" for name in settings.select):
-        reporter.note("attention, the control of the harness, was not among the models of this run")
+        reporter.save()
+    if not models.has_control(settings.models, settings.select):
+        reporter.note(models.MISSING_CONTROL)
     reporter.note(
         f"n = {settings.rows} sequences a seed, {len(settings.grid.seeds)} seeds pooled, Wilson intervals "
         "over sequences (seeds apart in accuracy_seed); learning rate chosen per model from the same rates"

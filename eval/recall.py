@@ -213,8 +213,9 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         except Exception as error:
             status = as_status(error)
             reporter.add(absent("accuracy_mean", status, detail=str(error)[:500], model=name))
-    if not any(settings.models[name]["preset"] == "attention" for name in settings.select):
-        reporter.note("attention, the control of the harness, was not among the models of this run")
+        reporter.save()
+    if not models.has_control(settings.models, settings.select):
+        reporter.note(models.MISSING_CONTROL)
     if settings.published:
         for model, points in MQAR.items():
             for size, accuracy in points:

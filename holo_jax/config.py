@@ -88,7 +88,8 @@ class HoloConfig:
       remat: what the backward pass recomputes: nothing, all but matrix products, or whole blocks.
       scan_unroll: blocks unrolled in each iteration of the scan over depth.
       memory_method: form of the accumulation: ``chunked``, ``associative_scan`` or ``recurrent``.
-      memory_backend: ``auto`` picks a kernel by capability, ``portable`` is plain JAX.
+      memory_backend: ``auto`` picks a kernel by capability, ``portable`` is plain JAX, ``ensemble`` is
+        ``auto`` for models under ``jax.vmap``.
       chunk_size: tokens a chunk of the memory; 0 lets the form choose.
       loss_chunk: tokens whose logits exist at one time in the loss.
       precision: dtypes by role.

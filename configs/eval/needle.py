@@ -1,4 +1,4 @@
-"""Synthetic needle in a haystack: trained at up to 256 tokens, asked at up to 131,072.
+"""Synthetic needle in a haystack: trained at up to 256 tokens, asked at up to 65,536.
 
 Command:  python -m eval.needle --config=configs/eval/needle.py --out=runs/needle
           (some models only: --config.select="('attention','holo_4k')"; join runs: python -m eval.merge)
@@ -24,15 +24,15 @@ _VARIANTS = {
         },
         select=("attention", "holo_4k", "holo_sum_4k", "ssm_4k", "dual_4k", "seed_4k"),
         shared=dict(
-            vocab_size=512, hidden_size=128, num_hidden_layers=2, head_dim=64, memory_backend="portable"
+            vocab_size=512, hidden_size=128, num_hidden_layers=2, head_dim=64, memory_backend="ensemble"
         ),
         storage="bfloat16",
         kinds=128,  # keys, and values
         filler_from=258,  # first id of the filler: 258 keeps keys and values out of it, 2 lets them in
         # (length, sequences a step), packed into rows of `width`; depths uniform
-        train=((64, 64), (128, 32), (256, 32)),
+        train=((64, 96), (128, 16), (256, 16)),
         width=256,
-        lengths=(256, 1024, 4096, 16_384, 65_536, 131_072),
+        lengths=(256, 1024, 4096, 16_384, 65_536),
         depths=(0.0, 0.25, 0.5, 0.75, 1.0),
         rows=80,  # sequences a cell and seed; with three seeds n = 240
         piece=256,

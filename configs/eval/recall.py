@@ -40,7 +40,7 @@ _VARIANTS = {
         models=_models(),
         select=tuple(name for name in _models() if name != "seed_16k"),
         shared=dict(
-            vocab_size=8192, hidden_size=128, num_hidden_layers=2, head_dim=64, memory_backend="portable"
+            vocab_size=8192, hidden_size=128, num_hidden_layers=2, head_dim=64, memory_backend="ensemble"
         ),
         storage="bfloat16",
         # (length, pairs, sequences a step), packed into rows of `width`: 64 rows, 16,384 tokens

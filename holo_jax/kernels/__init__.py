@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
-from holo_jax.kernels import capability, hopper
+from holo_jax.kernels import capability, ensemble, hopper
 from holo_jax.kernels.call import Call
 from holo_jax.kernels.capability import BackendUnavailableError
 from holo_jax.kernels.hopper import READ_NAME
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _KERNELS = {"hopper": hopper}
-BACKENDS = ("auto", "portable", *_KERNELS)
+BACKENDS = ("auto", "ensemble", "portable", *_KERNELS)
 
 
 class Backend(NamedTuple):
@@ -67,7 +67,7 @@ def choose(call: Call, backend: str = "auto") -> str:
         raise ValueError(f"memory_backend is {backend!r}; it must be one of {', '.join(BACKENDS)}")
     if backend == "portable" or not call.well_formed:
         return "portable"
-    if backend != "auto":
+    if backend in _KERNELS:
         reason = _KERNELS[backend].unsupported(call)
         if reason is not None:
             raise BackendUnavailableError(
@@ -98,6 +98,10 @@ def accumulate(
     """
     call = Call(write_phases, read_phases, values, gates, erase, **options)
     chosen = choose(call, backend)
-    if chosen == "portable":
-        return _portable(write_phases, read_phases, values, gates, erase, **options)
-    return _KERNELS[chosen].accumulate(call)
+    if backend == "ensemble" and chosen != "portable":
+        return ensemble.accumulate(_KERNELS[chosen].accumulate, call)
+    return _run(call, chosen)
+
+
+def _run(call: Call, backend: str) -> tuple[Array, MemoryState]:
+    return _portable(**call._asdict()) if backend == "portable" else _KERNELS[backend].accumulate(call)

@@ -8,7 +8,7 @@ import pytest
 from eval import mqar, recall, recall_view
 from eval.common import Reporter, freeze, load_config
 from eval.merge import merge
-from eval.models import build_config, check_selection, state_floats
+from eval.models import MISSING_CONTROL, build_config, check_selection, state_floats
 from eval.results import Results
 
 MICRO = dict(
@@ -146,6 +146,10 @@ def test_runs_of_different_models_merge(results):
     assert joined.settings["select"] == ("small", "holo_512")
     assert "--more" in joined.command
     assert len(joined.values) == len(results.values)
+    # A part without attention says so; the whole has it.
+    apart = Results(**{**vars(other), "notes": (MISSING_CONTROL,)})
+    assert MISSING_CONTROL not in merge([results, apart]).notes
+    assert MISSING_CONTROL in merge([apart]).notes
     changed = Results(**{**vars(other), "settings": {**other.settings, "power": 0.5}})
     with pytest.raises(ValueError, match="setting power"):
         merge([results, changed])

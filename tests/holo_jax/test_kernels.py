@@ -69,7 +69,7 @@ def test_auto_is_portable_on_a_cpu_and_equals_the_functional_form():
     found = kernels.accumulate(write, read, values, gates, erase, **options)
     wanted = accumulate(write, read, values, gates, erase, **options)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
-    assert [b.name for b in kernels.available()] == ["portable", *kernels.BACKENDS[2:]]
+    assert [b.name for b in kernels.available()] == ["portable", *kernels.BACKENDS[3:]]
     assert kernels.available()[0].usable and not any(b.usable for b in kernels.available()[1:])
 
 
@@ -77,7 +77,9 @@ def test_a_named_kernel_that_cannot_run_says_why():
     write, read, values, gates, erase, *_ = arguments(jnp.bfloat16)
     with pytest.raises(BackendUnavailableError, match=r"'hopper'.*(not installed|compute capability)"):
         kernels.accumulate(write, read, values, gates, erase, binding="outer", backend="hopper")
-    with pytest.raises(ValueError, match="memory_backend is 'cuda'; it must be one of auto, portable"):
+    with pytest.raises(
+        ValueError, match="memory_backend is 'cuda'; it must be one of auto, ensemble, portable"
+    ):
         kernels.accumulate(write, read, values, gates, erase, binding="outer", backend="cuda")
 
 
