@@ -1,10 +1,10 @@
 """Shared test set-up: CPU, eight fake devices, no silent rank promotion, checked shape annotations.
 
-``HOLO_TEST_PLATFORM=cuda`` runs the same suite on a GPU, with float32 products in full precision (tolerances
-are for float32, and a GPU's default is shorter); tests marked ``devices`` need that many and are skipped with
-fewer. Compiled programs are kept in
-``.pytest_cache/jax`` and, on the CPU, compiled without costly optimisation: the suite runs many tiny
-programs once.
+``HOLO_TEST_PLATFORM=cuda,cpu`` runs the same suite on a GPU, with float32 products in full precision
+(tolerances are for float32, and a GPU's default is shorter) and operations in a fixed order (some tests
+compare bits). Tests marked ``devices`` need that many and are skipped with fewer; ``cpu`` marks what is said
+of CPUs only. Compiled programs are kept in ``.pytest_cache/jax`` and, on the CPU, compiled without costly
+optimisation: the suite runs many tiny programs once.
 """
 
 import os
@@ -20,6 +20,8 @@ if _platform == "cpu":
             _flags = f"{_flags} {_flag}"
     os.environ["XLA_FLAGS"] = _flags.strip()
 else:
+    _flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
+    os.environ["XLA_FLAGS"] = f"{_flags} --xla_gpu_enable_triton_gemm=false".strip()
     # Many processes share one card.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
@@ -39,8 +41,10 @@ if _platform != "cpu":
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests that need more devices than there are."""
+    """Skips tests of more devices than there are, or of another platform."""
     for item in items:
+        if item.get_closest_marker("cpu") and _platform != "cpu":
+            item.add_marker(pytest.mark.skip(reason="is about CPUs"))
         marker = item.get_closest_marker("devices")
         if marker and jax.device_count() < marker.args[0]:
             item.add_marker(

@@ -103,7 +103,8 @@ def test_a_wrong_kernel_gets_no_speeds(monkeypatch, tmp_path):
     chosen = settings()
     reporter = Reporter("speed", chosen, (0,), out=tmp_path, command="test")
     speed.evaluate(chosen, reporter)
-    assert len(reporter.failed_controls) == 2
+    usable = [backend.name for backend in kernels.available() if backend.usable]
+    assert len(reporter.failed_controls) == len(usable) + 1  # the portable form has two bindings
     results = Results.read(tmp_path)
     assert results.select("relative_error") and not results.select("milliseconds")
     assert not results.select("tokens_per_second")

@@ -20,6 +20,8 @@ import pytest
 from holo_jax.functional import accumulate
 from tests.functional.cases import FAST_COMPILE
 
+pytestmark = pytest.mark.cpu  # the bounds are for that compiler's plan
+
 
 def temporary_bytes(binding, method, shape, erases=False):
     """Compiled scratch memory of outputs and all gradients; ``shape`` is (b, t, h, m, d). Nothing is run."""

@@ -63,6 +63,7 @@ def test_features_have_unit_norm_and_the_gradient_of_cos_and_sin():
     np.testing.assert_allclose(found, jax.grad(lambda p: jnp.sum(plain(p) * weights))(phases), atol=1e-6)
 
 
+@pytest.mark.cpu
 def test_auto_is_portable_on_a_cpu_and_equals_the_functional_form():
     write, read, values, gates, erase, segments, state = arguments(packed=True)
     options = dict(binding="outer", segment_ids=segments, initial_state=state)
@@ -73,6 +74,7 @@ def test_auto_is_portable_on_a_cpu_and_equals_the_functional_form():
     assert kernels.available()[0].usable and not any(b.usable for b in kernels.available()[1:])
 
 
+@pytest.mark.cpu
 def test_a_named_kernel_that_cannot_run_says_why():
     write, read, values, gates, erase, *_ = arguments(jnp.bfloat16)
     with pytest.raises(BackendUnavailableError, match=r"'hopper'.*(not installed|compute capability)"):

@@ -166,6 +166,7 @@ def test_nothing_is_written_before_everything_fits(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.devices(8)
 def test_a_batch_that_does_not_divide_over_the_mesh_is_refused(tmp_path) -> None:
     config = micro_config(global_batch_size=12)
     with pytest.raises(MeshError, match=r"global_batch_size 12 must be a multiple of .* 8 x 1 x 1"):
