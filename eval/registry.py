@@ -11,7 +11,7 @@ VIEWS = {
     "ruler": "eval.ruler_view",
     "perplexity": "eval.perplexity_view",
     "harness": "eval.harness",
-    "speed": "eval.speed",
+    "speed": "eval.speed_view",
     "inference": "eval.inference_view",
 }
 

@@ -1,4 +1,4 @@
-"""How fast on this device: memory op and mixer beside their floors, train step, prefill and decode.
+"""How fast on this device: memory op and mixer beside their floors, train step and peers, prefill and decode.
 
 Nothing is timed unless the backends agree with the definition, in values and gradients, in the same process.
 Times are medians over several samples, each long enough to hide the host; compilation is reported apart.
@@ -11,15 +11,17 @@ import sys
 from importlib import metadata
 
 from eval import common
-from eval.common import Reporter, cell, markdown_table
-from eval.results import Results
+from eval.common import Reporter
+from eval.inference_parts import decoding, reading
 from eval.speed_parts import floors, gate, memory_op, mixer, train_step
 from eval.speed_parts.memory_op import Op
 from eval.speed_parts.models import Size, parse_variant
+from eval.speed_parts.peers import driver as peers
 from eval.speed_parts.timing import say
+from eval.speed_view import figures, table
 from holo_jax import kernels
 
-PARTS = ("memory_op", "mixer", "train")
+PARTS = ("peers", "memory_op", "mixer", "train", "inference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,13 @@ class Settings:
     mixers: tuple[str, ...]
     train: tuple[str, ...]
     profile: tuple[str, ...]
+    peers: tuple[str, ...]
+    decoders: tuple[str, ...]
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    piece: int
+    steps: int
     copy_bytes: int
     matrix: int
     samples: int
@@ -51,9 +60,12 @@ class Settings:
                 raise ValueError(f"parts names {part!r}; it must be one of {', '.join(PARTS)}")
         for text in (*self.mixers, *self.train, *self.profile):
             parse_variant(text)
-        for name in ("layers", "width", "vocab", "tokens", "samples", "train_samples", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for text in self.peers:
+            peers.parse_peer(text)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and value < (0 if field.name == "seed" else 1):
+                raise ValueError(f"{field.name} is {value}; it must be at least 1")
 
 
 def memory_ops(settings: Settings, usable: tuple[str, ...]) -> list[Op]:
@@ -102,6 +114,17 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     )
     save(reporter)
     size = Size(settings.layers, settings.width, settings.vocab)
+    if "peers" in settings.parts:
+        peers.run(
+            reporter,
+            [peers.parse_peer(text) for text in settings.peers],
+            size,
+            settings.tokens,
+            ceilings,
+            samples=settings.train_samples,
+            least_seconds=settings.least_seconds,
+        )
+        save(reporter)
     options = dict(workers=settings.workers, least_seconds=settings.least_seconds)
     if "memory_op" in settings.parts:
         ops = memory_ops(settings, tuple(usable))
@@ -131,6 +154,30 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             profiled=profiled,
             **options,
         )
+        save(reporter)
+    if "inference" in settings.parts:
+        inference(reporter, settings, size, ceilings)
+
+
+def inference(reporter: Reporter, settings: Settings, size: Size, ceilings: floors.Ceilings) -> None:
+    """Memory and rate of reading by length, and of decoding by context."""
+    dtype = "bfloat16"
+    reading.run(reporter, size, dtype, settings.lengths, settings.piece, settings.seed)
+    save(reporter)
+    decoding.run(
+        reporter,
+        settings.decoders,
+        size,
+        activations=dtype,
+        batches=settings.batches,
+        contexts=settings.contexts,
+        steps=settings.steps,
+        single_steps=False,
+        samples=settings.samples,
+        ceilings=ceilings,
+        workers=settings.workers,
+        seed=settings.seed,
+    )
 
 
 def save(reporter: Reporter) -> None:
@@ -140,50 +187,10 @@ def save(reporter: Reporter) -> None:
         reporter.results().write(reporter.out)
 
 
-def table(results: Results) -> str:
-    """Every time in one line, with its floor; every train step with its rate and bytes."""
-    parts = []
-    for name in ("copy_tb_per_s", "product_tflop_per_s"):
-        for value in results.select(name):
-            parts.append(f"{name}: {cell(value)}")
-    for part in ("memory_op", "mixer"):
-        rows = []
-        for value in results.select("milliseconds", part=part):
-            where = {k: v for k, v in value.where.items() if k != "part" and v not in ("", 0)}
-            share = results.select("share_of_floor", **value.where)
-            rows.append(
-                (" ".join(str(v) for v in where.values()), cell(value), cell(share[0]) if share else "")
-            )
-        if rows:
-            parts.append(f"\n{part}\n\n" + markdown_table(("case", "ms", "share of floor"), rows))
-    rows = []
-    for value in results.select("tokens_per_second", part="train"):
-        found = [
-            results.select(m, **value.where) for m in ("share_of_product_rate", "peak_gib", "compile_seconds")
-        ]
-        where = " ".join(f"{k}={v}" for k, v in value.where.items() if k != "part")
-        rows.append((where, cell(value, 6), *(cell(f[0]) if f else "" for f in found)))
-    if rows:
-        head = ("train step", "tokens/s", "share of product rate", "peak GiB", "compile s")
-        parts.append("\n" + markdown_table(head, rows))
-    for text in dict.fromkeys(
-        f"{v.where['model']}@{v.where['length']}" for v in results.select("kernel_milliseconds")
-    ):
-        model, length = text.split("@")
-        found = results.select("kernel_milliseconds", model=model, length=int(length))
-        rows = [(v.where["kernel"], f"{v.value:.3f}", v.detail) for v in found]
-        parts.append(f"\n{text}: device time of one step\n\n" + markdown_table(("kernel", "ms", ""), rows))
-    return "\n".join(parts)
-
-
-def figures(results: Results, theme: str) -> dict:
-    """Plots; none for a partial run."""
-    del results, theme
-    return {}
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the evaluation; returns the exit code."""
+    # Peers and readers run in processes of their own, which must find memory on the same device.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     return common.run(
         "speed",
         Settings,

@@ -1,46 +1,91 @@
-"""Speed on one accelerator: memory op, mixer, train step, inference, against the device's own ceilings.
+"""Speed on one accelerator: memory op, mixer, train step, peers, inference, against the device's ceilings.
 
 Command:  python -m eval.speed --config=configs/eval/speed.py --out=runs/speed
+          the comparison of steps alone: --config=configs/eval/speed.py:step
           one part: --config.parts="('train',)"; a few programs: --config.train="('holo@2048 remat=dots',)"
 Hardware: one NVIDIA H100 or H200 (kernels of the extra ``kernels`` on Hopper); :quick runs on a CPU.
+Peers:    PyTorch (and fla) where they are installed in the same environment; else recorded as unavailable.
 Expect:   docs/log.md holds the predictions and what came of them.
 """
 
 from configs.eval import choose
 
+_MAIN = (
+    "holo_sum@2048 remat=dots unroll=12",
+    "holo@2048 remat=dots unroll=12",
+    "attention@2048 remat=dots unroll=12",
+    "seed@2048 remat=dots unroll=12",
+    "holo_sum@16384 remat=dots unroll=12",
+    "holo@16384 remat=dots unroll=12",
+    "attention@16384 remat=dots unroll=12",
+    "seed@16384 remat=dots unroll=12",
+    "holo_sum@65536 remat=dots unroll=12",
+    "holo@65536 remat=dots unroll=12",
+    "holo_sum@262144 remat=full chunk=32768",
+    "holo@262144 remat=full chunk=32768",
+)
+_FULL = dict(
+    parts=("peers", "memory_op", "mixer", "train", "inference"),
+    layers=12,
+    width=1024,
+    vocab=32000,
+    tokens=32_768,  # a train step, where the length does not exceed it
+    outer_shape=(8, 4096, 16, 32, 64),  # batch, length, heads, phasors, channels
+    hadamard_shape=(8, 4096, 32, 64),  # batch, length, heads, channels
+    portable_chunks=(64, 256),
+    mixers=("holo_sum@2048", "holo@2048", "seed@2048", "attention@2048", "attention@16384", "ssm@2048"),
+    train=(
+        *_MAIN,
+        "holo_sum@2048 remat=dots unroll=1",
+        "holo_sum@2048 remat=none unroll=12",
+        "ssm@2048 remat=dots unroll=12",
+        "ssm@16384 remat=dots unroll=12",
+        "dual@2048 remat=dots unroll=12",
+        "attention@65536 remat=dots unroll=12",
+        # Full recomputation: the least memory at every length.
+        "holo@2048 remat=full",
+        "holo@16384 remat=full",
+        "holo@65536 remat=full chunk=32768",
+    ),
+    profile=(
+        "holo_sum@2048 remat=dots unroll=12",
+        "holo@2048 remat=dots unroll=12",
+    ),  # of train: list kernels
+    peers=(
+        "llama@2048",
+        "llama@16384",
+        "llama@32768",
+        "llama_cudnn@16384",
+        "seed@2048",
+        "seed@16384",
+        "seed_eager@2048",
+        "gla@2048",
+        "gla@16384",
+        "gated_deltanet@2048",
+        "gated_deltanet@16384",
+    ),
+    decoders=("holo", "attention"),
+    batches=(1, 16),
+    contexts=(2048, 16_384, 65_536, 131_072),  # of attention; the others do not depend on it
+    lengths=(2048, 65_536, 262_144),  # read from the host, each in a process of its own
+    piece=4096,  # tokens read at one time
+    steps=64,  # tokens decoded in one call to the device
+    copy_bytes=2**32,
+    matrix=8192,
+    samples=10,
+    least_seconds=0.03,
+    train_samples=6,
+    workers=8,  # programs compiled at a time
+    seed=0,
+)
 _VARIANTS = {
-    "full": dict(
-        parts=("memory_op", "mixer", "train"),
-        layers=12,
-        width=1024,
-        vocab=32000,
-        tokens=32_768,  # a train step, where the length does not exceed it
-        outer_shape=(8, 4096, 16, 32, 64),  # batch, length, heads, phasors, channels
-        hadamard_shape=(8, 4096, 32, 64),  # batch, length, heads, channels
-        portable_chunks=(64, 256),
-        mixers=("holo_sum@2048", "holo@2048", "seed@2048", "attention@2048", "attention@16384", "ssm@2048"),
-        train=(
-            "holo_sum@2048 remat=dots unroll=1",
-            "holo_sum@2048 remat=dots unroll=12",
-            "holo_sum@2048 remat=none unroll=12",
-            "holo@2048 remat=dots unroll=12",
-            "attention@2048 remat=dots unroll=12",
-            "seed@2048 remat=dots unroll=12",
-            "holo_sum@16384 remat=dots unroll=12",
-            "holo@16384 remat=dots unroll=12",
-            "attention@16384 remat=dots unroll=12",
-        ),
-        profile=(
-            "holo_sum@2048 remat=dots unroll=12",
-            "holo@2048 remat=dots unroll=12",
-        ),  # of train: list kernels
-        copy_bytes=2**32,
-        matrix=8192,
-        samples=10,
-        least_seconds=0.03,
-        train_samples=6,
-        workers=8,  # programs compiled at a time
-        seed=0,
+    "full": _FULL,
+    # What the targets compare, in one run of some minutes.
+    "step": dict(
+        parts=("peers", "memory_op", "train"),
+        portable_chunks=(64,),
+        train=(*_MAIN, "ssm@2048 remat=dots", "ssm@16384 remat=dots"),
+        peers=("llama@2048", "llama@16384", "seed@2048", "seed@16384", "gla@2048", "gated_deltanet@2048"),
     ),
     "quick": dict(
         parts=("memory_op", "mixer", "train"),
@@ -54,6 +99,13 @@ _VARIANTS = {
         mixers=("holo@64", "attention@64"),
         train=("holo@64 remat=dots", "holo_sum@128 remat=full chunk=64", "attention@64"),
         profile=(),
+        peers=(),
+        decoders=("holo",),
+        batches=(1,),
+        contexts=(64,),
+        lengths=(128,),
+        piece=64,
+        steps=4,
         copy_bytes=2**22,
         matrix=256,
         samples=2,

@@ -108,7 +108,8 @@ def run(
         state = jax.eval_shape(init, jax.random.key(0))
         inputs = jax.ShapeDtypeStruct((batch, variant.length), jnp.int32)
         where = {"part": "train", **variant.where}
-        jobs.append(Job(where, lambda f=step, s=state, x=inputs: jax.jit(f, donate_argnums=0).lower(s, x)))
+        lower = lambda f=step, s=state, x=inputs: jax.jit(f, donate_argnums=0).lower(s, x)  # noqa: E731
+        jobs.append(Job(where, lower, variant.options))
         plans.append((variant, config, init))
     for built, (variant, config, init) in zip(compile_all(jobs, workers), plans, strict=True):
         where = built.job.where

@@ -1,6 +1,7 @@
 """The speed harness: variants, sizes, the gate that holds speeds back, and a run of the quick variant."""
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,15 @@ import pytest
 
 from eval import speed
 from eval.common import Reporter, freeze, load_config
-from eval.results import Results
+from eval.results import Results, exact
 from eval.speed_parts import gate, timing, train_step
+from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.models import TARGET_PRODUCTS, Size, model_config, parse_variant, product_parameters
+from eval.speed_parts.peers import driver as peers
 from holo_jax import kernels
 
 SMALL = Size(layers=2, width=64, vocab=128)
+CEILINGS = Ceilings(bytes_per_second=3e12, flops_per_second=8e14)
 
 
 def settings(**changes) -> speed.Settings:
@@ -131,3 +135,73 @@ def test_quick_run(monkeypatch, tmp_path, capsys):
             else True
         )
     assert "tokens/s" in (tmp_path / "table.md").read_text()
+
+
+def test_peers_without_pytorch_are_unavailable(tmp_path):
+    reporter = Reporter("speed", settings(), (0,), out=None, command="test")
+    peers.run(
+        reporter, [peers.parse_peer("llama@2048")], SMALL, 4096, CEILINGS, samples=1, least_seconds=0.01
+    )
+    assert {v.status for v in reporter.values} == {"unavailable"}
+    assert "torch is not installed" in reporter.values[0].detail
+    for text in ("llama", "llama@0", "mamba@2048"):
+        with pytest.raises(ValueError, match="it must look like llama@2048"):
+            peers.parse_peer(text)
+
+
+def test_answers_of_peers_become_values_and_curves(monkeypatch, tmp_path):
+    """A peer that measures, one that runs out of memory and one that dies, beside our step."""
+    answers = {
+        "llama": {
+            "seconds": [0.1, 0.11],
+            "compile_seconds": 1.0,
+            "peak_bytes": 2**31,
+            "product_parameters": 1000,
+            "last_loss": 5.0,
+            "torch": "2",
+            "device": "test",
+        },
+        "seed": {"status": "oom", "detail": "CUDA out of memory"},
+        "seed_eager": {"status": "failed", "detail": "boom"},
+    }
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(peers, "_in_a_process", lambda request: answers[request["model"]])
+    reporter = Reporter("speed", settings(), (0,), out=None, command="test")
+    asked = [peers.parse_peer(f"{name}@2048") for name in answers]
+    peers.run(reporter, asked, SMALL, 4096, CEILINGS, samples=2, least_seconds=0.01)
+    ours = {"part": "train", **parse_variant("holo@2048").where}
+    reporter.add(timing.median("tokens_per_second", [80_000.0], ours))
+    reporter.add(exact("peak_gib", 1.0, **ours))
+    results = reporter.results()
+    rate = results.one("tokens_per_second", model="llama")
+    assert rate.low <= 4096 / 0.11 + 1 and rate.high >= 4096 / 0.1 - 1
+    # 6 operations a product parameter, and 6 t e a layer for the causal half of attention.
+    share = results.one("share_of_product_rate", model="llama").value
+    assert np.isclose(share, rate.value * (6000 + 6 * 2 * 2048 * 64) / CEILINGS.flops_per_second)
+    assert results.one("tokens_per_second", model="seed").status == "oom"
+    assert results.one("milliseconds", model="seed_eager").detail == "boom"
+    text = speed.table(results)
+    assert "2.05x, 0.50x memory" in text and "OOM" in text and "neither runs out of memory" in text
+    for theme in ("light", "dark"):
+        assert set(speed.figures(results, theme)) == {"speed_throughput", "speed_training_memory"}
+
+
+def test_inference_memory_is_drawn():
+    values = []
+    for model, context, size in (("holo", 0, 2**20), ("attention", 64, 2**18), ("attention", 256, 2**20)):
+        where = {"part": "decoding", "model": model, "state_dtype": "float32", "batch": 1, "steps": 4}
+        values.append(exact("state_bytes", size, context=context, **where))
+    reporter = Reporter("speed", settings(), (0,), out=None, command="test")
+    reporter.add(*values)
+    assert set(speed.figures(reporter.results(), "light")) == {"speed_inference_memory"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
+@pytest.mark.parametrize("model", ["llama", "seed"])
+def test_pytorch_peers_train(model):
+    from eval.speed_parts.peers.torch_step import measure
+
+    sizes = dict(length=32, batch=2, layers=2, width=64, vocab=128)
+    found = measure(model=model, samples=1, seconds=0.01, compiled=False, **sizes)
+    ours = product_parameters(model_config({"llama": "attention"}.get(model, model), SMALL))
+    assert abs(found["product_parameters"] / ours - 1) < 0.02 and 4 < found["last_loss"] < 6
