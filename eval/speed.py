@@ -13,7 +13,7 @@ from importlib import metadata
 from eval import common
 from eval.common import Reporter
 from eval.inference_parts import decoding, reading
-from eval.speed_parts import floors, gate, memory_op, mixer, train_step
+from eval.speed_parts import block_gate, floors, gate, memory_op, mixer, train_step
 from eval.speed_parts.memory_op import Op
 from eval.speed_parts.models import Size, parse_variant
 from eval.speed_parts.peers import driver as peers
@@ -103,6 +103,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             reporter.note(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
+    blocks_sound = block_gate.run(reporter, seed=settings.seed)
     passed = gate.run(reporter, usable, seed=settings.seed, workers=settings.workers)
     save(reporter)
     ceilings = floors.measure(
@@ -133,9 +134,9 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         )
         save(reporter)
     # A model with backend "auto" uses whatever is usable, so everything usable must have passed.
-    sound = len(passed) == sum(len(bindings) for bindings in usable.values())
+    sound = blocks_sound and len(passed) == sum(len(bindings) for bindings in usable.values())
     if not sound:
-        reporter.note("a backend failed the gate, so mixer and train step are not timed")
+        reporter.note("something failed the gate, so mixer and train step are not timed")
         return
     if "mixer" in settings.parts:
         variants = [parse_variant(text) for text in settings.mixers]

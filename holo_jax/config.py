@@ -15,6 +15,7 @@ Norm = Literal["rmsnorm", "layernorm"]
 Mlp = Literal["swiglu", "gelu", "linear", "none"]
 Remat = Literal["none", "dots", "full"]
 Frequencies = Literal["uniform", "normal", "multiscale"]
+Backend = Literal["auto", "portable"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mixer": get_args(Mixer),
@@ -25,6 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "mlp": get_args(Mlp),
     "remat": get_args(Remat),
     "frequencies": get_args(Frequencies),
+    "block_backend": get_args(Backend),
 }
 _POSITIVE = (
     "vocab_size",
@@ -90,6 +92,7 @@ class HoloConfig:
       memory_method: form of the accumulation: ``chunked``, ``associative_scan`` or ``recurrent``.
       memory_backend: ``auto`` picks a kernel by capability, ``portable`` is plain JAX, ``ensemble`` is
         ``auto`` for models under ``jax.vmap``.
+      block_backend: the same for denoiser and loss, beside a memory that may use kernels without ``vmap``.
       chunk_size: tokens a chunk of the memory; 0 lets the form choose.
       loss_chunk: tokens whose logits exist at one time in the loss.
       precision: dtypes by role.
@@ -133,6 +136,7 @@ class HoloConfig:
     scan_unroll: int = 1
     memory_method: str = "chunked"
     memory_backend: str = "auto"
+    block_backend: Backend = "auto"
     chunk_size: int = 0
     loss_chunk: int = 8192
     precision: Precision = MIXED
@@ -254,9 +258,15 @@ class HoloConfig:
     def mlp_dim(self) -> int:
         """Hidden width of the denoiser."""
         if self.mlp == "swiglu":
-            multiple = 64 if self.hidden_size >= 512 else 8
+            # Whole tiles of matrix units; a quarter of that at widths where it would distort the size.
+            multiple = 256 if self.hidden_size >= 1024 else 64 if self.hidden_size >= 512 else 8
             return _round_up(self.mlp_ratio * self.hidden_size * 2 / 3, multiple)
         return int(self.mlp_ratio * self.hidden_size)
+
+    @property
+    def products_backend(self) -> str:
+        """Backend of denoiser and loss; portable where the memory's is, or an ensemble's."""
+        return "portable" if self.memory_backend in ("portable", "ensemble") else self.block_backend
 
     @property
     def layer_kinds(self) -> tuple[Mixer, ...]:

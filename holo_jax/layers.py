@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from holo_jax import kernels
 from holo_jax.array_types import Array, Float
 from holo_jax.config import HoloConfig
 
@@ -138,7 +139,7 @@ class Denoiser(nnx.Module):
 
     def __init__(self, config: HoloConfig, *, rngs: nnx.Rngs) -> None:
         e, f = config.hidden_size, config.mlp_dim
-        self.kind = config.mlp
+        self.kind, self.backend = config.mlp, config.products_backend
         bias = config.mlp == "gelu"
         self.up = Linear(config, (e, f), ("embed", "mlp"), bias=bias, rngs=rngs)
         self.gate = Linear(config, (e, f), ("embed", "mlp"), rngs=rngs) if config.mlp == "swiglu" else None
@@ -152,6 +153,9 @@ class Denoiser(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
         """Applies the denoiser."""
+        if self.gate is not None and getattr(self, "joined", None) is None:
+            weights = (layer.weight[...] for layer in (self.gate, self.up, self.down))
+            return kernels.swiglu(x.astype(self.down.storage), *weights, backend=self.backend)
         results = project(self, x, self.maps)
         hidden = results["up"]
         if self.gate is not None:

@@ -10,10 +10,14 @@ from holo_jax import kernels
 from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import generate_multiscale_phasors, generate_random_phasors
-from holo_jax.functional.cross_entropy import chunked_cross_entropy, next_token_targets
+from holo_jax.functional.cross_entropy import next_token_targets
 from holo_jax.layers import Denoiser, Linear, Normalization, embedding_std, parameter
 from holo_jax.mixers import MIXERS, Context
 from holo_jax.sequence import leading_padding, segment_positions, segment_starts
+
+_KERNEL_PRIMITIVES = frozenset(
+    ("pallas_call", "mpmd_map", "custom_vmap_call", "dot_product_attention_fwd_wrapper")
+)
 
 
 class ModelState(NamedTuple):
@@ -202,18 +206,19 @@ class HoloForCausalLM(nnx.Module):
 
         Returns:
           ``CausalLMOutput``. Under jit, logits that are not used are not computed: the loss goes
-          through ``chunked_cross_entropy`` and never needs them.
+          through ``kernels.linear_cross_entropy`` and never needs them.
         """
         hidden, state = self.model(input_ids, segment_ids, state)
         loss = loss_sum = num_targets = None
         if labels is not None:
             targets = next_token_targets(labels, segment_ids)
-            loss_sum, num_targets = chunked_cross_entropy(
+            loss_sum, num_targets = kernels.linear_cross_entropy(
                 hidden,
                 self.output_weights,
                 targets,
                 chunk_tokens=self.config.loss_chunk,
                 logits_dtype=self.config.precision.logits,
+                backend=self.config.products_backend,
             )
             loss = loss_sum / jnp.maximum(num_targets, 1).astype(loss_sum.dtype)
         return CausalLMOutput(self.logits(hidden), loss, loss_sum, num_targets, state)
@@ -302,11 +307,18 @@ def _remat(body: Any, policy: str, *, unrolled: bool) -> Any:
     # A loop keeps forward and backward apart; without one, the compiler would merge the recomputation away.
     if policy == "full":
         return jax.checkpoint(body, policy=policies.nothing_saveable, prevent_cse=unrolled)
-    # What a memory kernel read is kept like a product: computing it twice costs a kernel.
+    # What a kernel made is kept like a product: computing it twice costs a kernel.
     saved = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(kernels.READ_NAME)
+        policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, _made_by_a_kernel),
+        policies.save_only_these_names(kernels.READ_NAME),
     )
     return jax.checkpoint(body, policy=saved, prevent_cse=unrolled)
+
+
+def _made_by_a_kernel(primitive: Any, *avals: Any, **parameters: Any) -> bool:
+    """A rematerialisation policy: Pallas kernels, bare or with a batching rule, and attention of cuDNN."""
+    del avals, parameters
+    return primitive.name in _KERNEL_PRIMITIVES
 
 
 def _context(

@@ -33,6 +33,7 @@ _EXECUTION = (
     "scan_unroll",
     "memory_method",
     "memory_backend",
+    "block_backend",
     "chunk_size",
     "loss_chunk",
 )

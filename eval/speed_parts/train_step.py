@@ -22,8 +22,9 @@ from eval.speed_parts.timing import (
     program_bytes,
     sample_seconds,
 )
+from holo_jax import kernels
 from holo_jax.config import HoloConfig
-from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
+from holo_jax.functional.cross_entropy import IGNORE
 from holo_jax.model import init_state
 from train.model_functions import model_functions
 from train.optimizer import decay_mask
@@ -50,12 +51,13 @@ def make_step(config: HoloConfig, batch: int, length: int, chunk: int) -> tuple[
     def piece_loss(params: Any, tokens: jax.Array, targets: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         model = functions.model(params)
         hidden, state = model.model(tokens, None, state)
-        total, _ = chunked_cross_entropy(
+        total, _ = kernels.linear_cross_entropy(
             hidden,
             model.output_weights,
             targets,
             chunk_tokens=config.loss_chunk,
             logits_dtype=config.precision.logits,
+            backend=config.products_backend,
         )
         return total, state
 

@@ -14,7 +14,9 @@ from holo_jax.kernels import capability, ensemble, hopper
 from holo_jax.kernels.call import Call
 from holo_jax.kernels.capability import BackendUnavailableError
 from holo_jax.kernels.hopper import READ_NAME
+from holo_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from holo_jax.kernels.phasor_features import phasor_features, sin_cos
+from holo_jax.kernels.swiglu import swiglu
 
 __all__ = [
     "BACKENDS",
@@ -25,8 +27,10 @@ __all__ = [
     "available",
     "capability",
     "choose",
+    "linear_cross_entropy",
     "phasor_features",
     "sin_cos",
+    "swiglu",
 ]
 
 _KERNELS = {"hopper": hopper}

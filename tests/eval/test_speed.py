@@ -11,7 +11,7 @@ import pytest
 from eval import speed
 from eval.common import Reporter, freeze, load_config
 from eval.results import Results, exact
-from eval.speed_parts import gate, timing, train_step
+from eval.speed_parts import block_gate, gate, timing, train_step
 from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.models import TARGET_PRODUCTS, Size, model_config, parse_variant, product_parameters
 from eval.speed_parts.peers import driver as peers
@@ -205,3 +205,14 @@ def test_pytorch_peers_train(model):
     found = measure(model=model, samples=1, seconds=0.01, compiled=False, **sizes)
     ours = product_parameters(model_config({"llama": "attention"}.get(model, model), SMALL))
     assert abs(found["product_parameters"] / ours - 1) < 0.02 and 4 < found["last_loss"] < 6
+
+
+def test_denoiser_and_loss_are_gated(monkeypatch):
+    """The portable forms pass against float64; a denoiser that is off by 4% does not."""
+    reporter = Reporter("speed", settings(), (0,), out=None, command="test")
+    assert block_gate.run(reporter, seed=0)
+    assert {v.where["case"] for v in reporter.values} == {"denoiser", "loss"}
+    right = block_gate.swiglu
+    monkeypatch.setattr(block_gate, "swiglu", lambda *a: 1.04 * right(*a))
+    reporter = Reporter("speed", settings(), (0,), out=None, command="test")
+    assert not block_gate.run(reporter, seed=0) and len(reporter.failed_controls) == 1

@@ -1,0 +1,66 @@
+"""The loss of an output projection: in chunks of plain JAX, or with its logits kept on chip on Hopper.
+
+The kernels of jax-linear-attention reduce each tile of float32 logits to maximum and sum in the epilogue of
+the product and store ``exp(logit - maximum of the tile)`` in float16, from which one pass forms the gradient
+that the two products of the backward pass read; no float32 logits reach memory.
+
+Source: https://github.com/jla-org/jax-linear-attention (Apache-2.0), version 0.1.0.
+"""
+
+import jax.numpy as jnp
+
+from holo_jax.array_types import Array, Float, Int
+from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
+from holo_jax.kernels import hopper
+from holo_jax.kernels.capability import partitioned
+
+_DEPTH = 64
+
+
+def unsupported(hidden: Array, weights: Array, logits_dtype: str) -> str | None:
+    """Why the kernels cannot run this call, or None."""
+    reason = hopper.missing()
+    if reason is not None:
+        return reason
+    if hidden.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"hidden has dtype {hidden.dtype}; it must be bfloat16 or float16"
+    if jnp.dtype(logits_dtype) != jnp.float32:
+        return f"logits_dtype is {logits_dtype}; it must be float32"
+    width, vocabulary = weights.shape
+    if width % _DEPTH or vocabulary > 2**24:
+        return f"weights has shape {weights.shape}; it must be a multiple of {_DEPTH} by at most 2^24"
+    if partitioned():
+        return "the computation spans several devices; call it inside jax.shard_map"
+    return None
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "b t e"],
+    weights: Float[Array, "e v"],
+    targets: Int[Array, "b t"],
+    *,
+    chunk_tokens: int,
+    logits_dtype: str = "float32",
+    backend: str = "auto",
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """``functional.cross_entropy.chunked_cross_entropy`` by the fastest form this machine can run.
+
+    Args:
+      backend: ``"portable"``, or ``"auto"`` for the kernels where they can run.
+    """
+    if backend == "auto" and unsupported(hidden, weights, logits_dtype) is None:
+        from jla.ops.cross_entropy import linear_cross_entropy_objective
+
+        found = linear_cross_entropy_objective(
+            hidden.reshape(-1, hidden.shape[-1]),
+            weights.T,
+            targets.reshape(-1),
+            ignore_index=IGNORE,
+            row_chunk=chunk_tokens,
+            compute_dtype=hidden.dtype,
+            impl="mosaic_gpu",
+        )
+        return found.objective_sum, jnp.sum(targets != IGNORE)
+    return chunked_cross_entropy(
+        hidden, weights, targets, chunk_tokens=chunk_tokens, logits_dtype=logits_dtype
+    )

@@ -1,0 +1,109 @@
+"""Denoiser and loss by backend: what runs where, and that the kernels are given the right arguments."""
+
+import sys
+import types
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
+from holo_jax.kernels import hopper, linear_cross_entropy, swiglu
+from holo_jax.kernels import linear_cross_entropy as loss_entry
+from holo_jax.model import _remat
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Stands in for the package of kernels: its functions in plain JAX, and a list of their calls."""
+    calls = []
+
+    def swiglu_mlp(x, gate_up, w_down, *, compute_dtype):
+        calls.append(("swiglu", x.shape, gate_up.shape))
+        gate, up = (x @ gate_up[:, i].astype(compute_dtype) for i in (0, 1))
+        return (jax.nn.silu(gate) * up) @ w_down.astype(compute_dtype)
+
+    def linear_cross_entropy_objective(hidden, weight, targets, *, ignore_index, **options):
+        calls.append(("loss", options["row_chunk"], options["impl"]))
+        logits = (hidden @ weight.astype(hidden.dtype).T).astype(jnp.float32)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[:, None], 1)[:, 0]
+        return SimpleNamespace(objective_sum=-jnp.sum(jnp.where(targets == ignore_index, 0, picked)))
+
+    for name, members in (
+        ("jla", {}),
+        ("jla.ops", {}),
+        ("jla.ops.mosaic_gpu", {}),
+        ("jla.ops.mosaic_gpu.fused_gemm", {"swiglu_mlp": swiglu_mlp}),
+        ("jla.ops.cross_entropy", {"linear_cross_entropy_objective": linear_cross_entropy_objective}),
+    ):
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(hopper, "missing", lambda: None)
+    for module in ("holo_jax.kernels.swiglu", "holo_jax.kernels.linear_cross_entropy"):
+        monkeypatch.setattr(sys.modules[module], "partitioned", lambda: False)
+    return calls
+
+
+def draw(dtype=jnp.bfloat16, width=64, hidden=256, rows=64):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x = jax.random.normal(keys[0], (2, rows, width), dtype)
+    gate, up = (jax.random.normal(k, (width, hidden)) / 8 for k in keys[1:3])
+    return x, gate, up, jax.random.normal(keys[3], (hidden, width)) / 16
+
+
+def test_the_kernel_computes_the_denoiser(kernels):
+    x, gate, up, down = draw()
+    found = swiglu(x, gate, up, down)
+    assert kernels == [("swiglu", (2, 64, 64), (64, 2, 256))]
+    wanted = swiglu(x, gate, up, down, backend="portable")
+    assert len(kernels) == 1 and found.dtype == wanted.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), wanted.astype(jnp.float32), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(dtype=jnp.float32), dict(hidden=192), dict(rows=63), dict(width=48)]
+)
+def test_other_calls_of_the_denoiser_are_portable(kernels, changes):
+    swiglu(*draw(**changes))
+    assert kernels == []
+
+
+def test_the_kernel_computes_the_loss(kernels):
+    hidden = jax.random.normal(jax.random.key(1), (2, 8, 64), jnp.bfloat16)
+    weights = jax.random.normal(jax.random.key(2), (64, 50)) / 8
+    targets = jax.random.randint(jax.random.key(3), (2, 8), 0, 50).at[:, -1].set(IGNORE)
+    total, count = loss_entry(hidden, weights, targets, chunk_tokens=256)
+    assert kernels == [("loss", 256, "mosaic_gpu")]
+    wanted, counted = chunked_cross_entropy(hidden, weights, targets, chunk_tokens=256)
+    assert count == counted == 14
+    np.testing.assert_allclose(total, wanted, rtol=2e-2)
+    linear_cross_entropy(hidden, weights, targets, chunk_tokens=256, backend="portable")
+    linear_cross_entropy(hidden.astype(jnp.float32), weights, targets, chunk_tokens=256)
+    assert len(kernels) == 1
+
+
+@pytest.mark.parametrize("remat, runs", [("dots", 1), ("full", 2)])
+def test_what_kernels_made_is_not_computed_twice(remat, runs):
+    """Residuals of a kernel with a batching rule are kept by "dots", made again by "full"."""
+
+    @jax.custom_batching.custom_vmap
+    def kernel(x):
+        return jnp.sin(x)
+
+    kernel.def_vmap(lambda size, batched, x: (kernel(x), batched[0]))
+
+    @jax.custom_vjp
+    def op(x):
+        return kernel(x)
+
+    op.defvjp(lambda x: (kernel(x),) * 2, lambda y, cotangent: (y * cotangent,))
+
+    def loss(x):
+        body = _remat(lambda x: jnp.cos(op(jnp.exp(x))), remat, unrolled=True)
+        return jnp.sum(body(x))
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones(3)))
+    assert text.count("custom_vmap_call") == runs
