@@ -1,10 +1,13 @@
 """Bookkeeping of packed and continued sequences: positions inside segments, shifted taps."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from holo_jax.array_types import Array, Bool, Float, Int, UInt32
+from holo_jax.functional.varying import vary_together
 
 
 def segment_starts(
@@ -81,8 +84,58 @@ def short_convolution(
 
     ``past = with_tail(x, k - 1, ...)``.
     """
-    k = taps.shape[0]
-    y = taps[k - 1][None, None] * delayed(past, 0, inside)
-    for delay in range(1, k):
-        y = y + taps[k - 1 - delay][None, None] * delayed(past, delay, inside)
-    return y
+    return short_convolutions(past, (taps,), inside)[0]
+
+
+def short_convolutions(
+    past: Float[Array, "b p f"], taps: tuple[Float[Array, "k f"], ...], inside: UInt32[Array, "b t"]
+) -> tuple[Float[Array, "b t f"], ...]:
+    """Several ``short_convolution`` of the same input, whose backward pass reads that input once.
+
+    Reverse mode only. The gradients of all taps are one reduction with many results; compiled one by one
+    they are passes over input and cotangent each.
+    """
+    past, taps, inside = vary_together((past, taps, inside))
+    return _convolve(past, taps, inside)
+
+
+@jax.custom_vjp
+def _convolve(past: Array, taps: tuple[Array, ...], inside: Array) -> tuple[Array, ...]:
+    k = taps[0].shape[0]
+    shifted = [delayed(past, delay, inside) for delay in range(k)]
+    results = []
+    for own in taps:
+        y = own[k - 1][None, None] * shifted[0]
+        for delay in range(1, k):
+            y = y + own[k - 1 - delay][None, None] * shifted[delay]
+        results.append(y)
+    return tuple(results)
+
+
+def _convolve_fwd(past: Array, taps: tuple[Array, ...], inside: Array) -> tuple[tuple[Array, ...], Any]:
+    return _convolve(past, taps, inside), (past, taps, inside)
+
+
+def _convolve_bwd(saved: Any, cotangents: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...], None]:
+    past, taps, inside = saved
+    k, t = taps[0].shape[0], inside.shape[1]
+    wide = jnp.promote_types(past.dtype, jnp.float32)
+    shifted = [delayed(past, delay, inside).astype(wide) for delay in reversed(range(k))]
+    products = [x * cotangent.astype(wide) for cotangent in cotangents for x in shifted]
+    zero = jnp.zeros((), wide)
+    sums = lax.reduce(
+        products, [zero] * len(products), lambda a, b: [x + y for x, y in zip(a, b, strict=True)], (0, 1)
+    )
+    d_taps = [jnp.stack(sums[i : i + k]).astype(taps[0].dtype) for i in range(0, len(sums), k)]
+    d_past = jnp.zeros_like(past, wide)
+    for delay in range(k):
+        flow = sum(
+            own[k - 1 - delay][None, None].astype(wide) * c for own, c in zip(taps, cotangents, strict=True)
+        )
+        flow = flow if delay == 0 else jnp.where((inside >= delay)[..., None], flow, zero)
+        begin = past.shape[1] - t - delay
+        d_past = d_past + lax.pad(flow, zero, ((0, 0, 0), (begin, delay, 0), (0, 0, 0)))
+    return d_past.astype(past.dtype), tuple(d_taps), None
+
+
+_convolve.defvjp(_convolve_fwd, _convolve_bwd)

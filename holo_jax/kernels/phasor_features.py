@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
 
 from holo_jax.array_types import Array, Float
@@ -52,9 +53,11 @@ def sin_cos(phases: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Arr
 
 
 def _features(phases: Array, dtype: DTypeLike) -> Array:
-    sine, cosine = sin_cos(phases)
-    norm = 1.0 / math.sqrt(phases.shape[-1])
-    return jnp.concatenate([(cosine * norm).astype(dtype), (sine * norm).astype(dtype)], axis=-1)
+    # One elementwise expression: a concatenation would keep compilers from fusing what made the phases.
+    *lead, m = phases.shape
+    sine, cosine = sin_cos(jnp.broadcast_to(phases[..., None, :], (*lead, 2, m)))
+    first = lax.broadcasted_iota(jnp.int32, sine.shape, len(lead)) == 0
+    return (jnp.where(first, cosine, sine) * (1.0 / math.sqrt(m))).astype(dtype).reshape(*lead, 2 * m)
 
 
 _custom = jax.custom_vjp(_features, nondiff_argnums=(1,))

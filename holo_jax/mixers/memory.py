@@ -13,7 +13,7 @@ from holo_jax.functional import MemoryState, init_memory, phases_at, retrieval_s
 from holo_jax.layers import Linear, Normalization, parameter, project, residual_std
 from holo_jax.mixers.context import Context, keep_rows
 from holo_jax.precision import assert_dtype
-from holo_jax.sequence import delayed, next_tail, short_convolution, with_tail
+from holo_jax.sequence import delayed, next_tail, short_convolution, short_convolutions, with_tail
 
 
 class MemoryMixerState(NamedTuple):
@@ -172,8 +172,8 @@ class MemoryMixer(nnx.Module):
         assert_dtype(raw, config.precision.phases, "phases")
         past = with_tail(raw, _tail_size(config), None if state is None else state.tail, context.padding)
         if config.short_conv:
-            write = short_convolution(past, self.write_taps[...], context.inside)
-            read = short_convolution(past, self.read_taps[...], context.inside)
+            taps = (self.write_taps[...], self.read_taps[...])
+            write, read = short_convolutions(past, taps, context.inside)
         else:
             write, read = delayed(past, 1, context.inside), raw
         shape = (b, t, config.num_heads, config.key_dim)
