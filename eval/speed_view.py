@@ -61,11 +61,12 @@ def _rates(results: Results, part: str, names: tuple[str, ...]) -> list[tuple]:
     return rows
 
 
+_FORM = ("remat", "unroll", "chunk", "loss", "backend", "block", "gemm", "tokens")
 _HEAD = ("tokens/s", "share of product rate", "peak GiB", "compile s")
 
 
 def _steps(results: Results) -> str:
-    rows = _rates(results, "train", ("remat", "unroll", "chunk", "loss", "backend", "gemm"))
+    rows = _rates(results, "train", _FORM)
     return "Train step\n\n" + markdown_table(("model", "length", "form", *_HEAD), rows) if rows else ""
 
 
@@ -113,17 +114,12 @@ def _inference(results: Results) -> str:
 
 
 def _profiles(results: Results) -> list[str]:
-    parts = []
-    profiled = dict.fromkeys(
-        (v.where["model"], v.where["length"]) for v in results.select("kernel_milliseconds")
-    )
-    for model, length in profiled:
-        found = results.select("kernel_milliseconds", model=model, length=length)
-        rows = [(v.where["kernel"], f"{v.value:.3f}", v.detail) for v in found]
-        parts.append(
-            f"{model}@{length}: device time of one step\n\n" + markdown_table(("kernel", "ms", ""), rows)
-        )
-    return parts
+    tables: dict[str, list[tuple[str, str, str]]] = {}
+    for value in results.select("kernel_milliseconds"):
+        form = " ".join(f"{k}={value.where[k]}" for k in _FORM if value.where.get(k) not in (None, "", 0))
+        title = f"{value.where['model']}@{value.where['length']} {form}: device time of one step"
+        tables.setdefault(title, []).append((value.where["kernel"], f"{value.value:.3f}", value.detail))
+    return [title + "\n\n" + markdown_table(("kernel", "ms", ""), rows) for title, rows in tables.items()]
 
 
 def figures(results: Results, theme: str) -> dict:
