@@ -1,9 +1,11 @@
 """``accumulate``: one signature over the definition, its parallel reference and the fast form."""
 
+import jax
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.functional.checks import BINDINGS, check_choice, check_float, check_shape, real_dtype
+from holo_jax.functional.memory.decode import decode_step
 from holo_jax.functional.memory.hadamard import chunked_hadamard
 from holo_jax.functional.memory.outer import chunked_outer
 from holo_jax.functional.memory.reference import associative_erase, associative_sum, recurrent
@@ -39,7 +41,8 @@ def accumulate(
 
     Methods, equal in values and gradients up to rounding:
 
-    * ``"recurrent"``, the definition: ``step`` by ``lax.scan``, with a compensated sum;
+    * ``"recurrent"``, the definition: ``step`` by ``lax.scan``, with a compensated sum (a single position is
+      read before it is written, one pass less over the memory);
     * ``"associative_scan"``, the parallel reference: holds a state per position;
     * ``"chunked"`` (default): exact inside chunks, one state between them; linear memory in time.
 
@@ -119,7 +122,12 @@ def accumulate(
     else:
         border = jnp.zeros((batch, time), bool) if segment_ids is None else borders(segment_ids)
         wide = values.astype(dtype)
-        if method == "recurrent":
+        if method == "recurrent" and time == 1:
+            # Position 0 never begins a segment: the state is that segment's.
+            token = jax.tree.map(lambda x: x[:, 0], (write, read, wide, gate, removal))
+            output, state = decode_step(initial_state, *token)
+            outputs = output[:, None]
+        elif method == "recurrent":
             outputs, state = recurrent(write, read, wide, gate, removal, border, initial_state)
         else:
             if removal is None:
