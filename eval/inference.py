@@ -2,8 +2,9 @@
 
 * reading: peak memory of reading 4k, 64k and 1M tokens, each in a process of its own;
 * latency: a token after 1k and after 1M tokens;
-* decoding: tokens a second by batch and context, beside attention with its cache in the same code, and as a
-  share of the bound set by reading weights and state once at this device's copy bandwidth;
+* decoding: tokens a second by batch and context, beside attention with its cache in the same code, as a share
+  of the bound set by reading weights and state once at this device's copy bandwidth, and of the traffic of
+  a token, which also writes the state back;
 * storage, logits: capacity and logit error of states in bfloat16, int8 and int4;
 * drift: error of the running sum over a million steps.
 
@@ -107,16 +108,8 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             samples=settings.samples,
             least_seconds=0.03,
         )
-        shared = dict(
-            activations=settings.activations,
-            steps=settings.steps,
-            samples=settings.samples,
-            ceilings=ceilings,
-            workers=settings.workers,
-            seed=seed,
-        )
-        decoding.run(
-            reporter,
+        shared = dict(activations=settings.activations, steps=settings.steps, seed=seed)
+        planned = decoding.plan(
             settings.decoders,
             size,
             batches=settings.batches,
@@ -126,7 +119,10 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         )
         if settings.large:
             large = Size(*settings.large, settings.vocab)
-            decoding.run(reporter, ("holo",), large, batches=(1,), contexts=(), single_steps=False, **shared)
+            planned += decoding.plan(
+                ("holo",), large, batches=(1,), contexts=(), single_steps=False, **shared
+            )
+        decoding.run(reporter, planned, samples=settings.samples, ceilings=ceilings, workers=settings.workers)
         reporter.save()
     if "storage" in settings.parts:
         storage.run(

@@ -42,7 +42,10 @@ def _latency(results: Results) -> str:
 def _decoding(results: Results) -> str:
     rows = []
     for value in results.select("milliseconds_per_step", part="decoding"):
-        rate, share = (_one(results, m, **value.where) for m in ("tokens_per_second", "share_of_bound"))
+        rate, share, traffic = (
+            _one(results, m, **value.where)
+            for m in ("tokens_per_second", "share_of_bound", "share_of_traffic")
+        )
         state = _one(results, "state_bytes", **value.where)
         where = value.where
         name = (
@@ -60,6 +63,7 @@ def _decoding(results: Results) -> str:
             cell(value),
             cell(rate, 0),
             cell(share, 2),
+            cell(traffic, 2),
             size,
         )
         rows.append((name, *row))
@@ -72,6 +76,7 @@ def _decoding(results: Results) -> str:
         "ms a step",
         "tokens/s",
         "share of bound",
+        "of traffic",
         "state MiB",
     )
     return markdown_table(head, rows) if rows else ""

@@ -12,7 +12,7 @@ from eval import models, plots
 from eval.registry import view_of
 from eval.results import Results, write_atomically
 
-_FREE = ("select", "sections")  # settings that may differ
+_FREE = ("select", "sections", "parts")  # settings that may differ
 
 
 def merge(runs: Sequence[Results]) -> Results:

@@ -35,19 +35,17 @@ _VARIANTS = {
         piece=4096,  # tokens read at one time
         lengths=(4096, 65_536, 1_048_576),  # reading: peak memory of each, in a process of its own
         latency_contexts=(1024, 1_048_576),  # tokens read before decoding
-        decoders=("holo", "holo:int8", "holo:int4", "ssm", "attention"),  # model[:state_dtype]
+        decoders=("holo", "holo:int8", "ssm", "attention"),  # model[:state_dtype]
         batches=(1, 16, 256),
         contexts=(4096, 32_768, 131_072),  # of attention; the others do not depend on it
         steps=64,  # tokens in one call to the device
         single_steps=True,  # also one token a call, at batch 1: what the host costs
-        large=(
-            24,
-            4096,
-        ),  # layers and width of a model whose weights fill the device's time, batch 1; () for none
-        samples=7,
+        # layers and width of a model whose weights fill the device's time, batch 1; () for none
+        large=(24, 4096),
+        samples=5,
         copy_bytes=2**32,
         matrix=8192,
-        workers=8,
+        workers=16,
         storage_bytes=16_384,  # bytes of one stored superposition
         storage_pairs=(64, 128, 256, 512, 1024),
         storage_alternatives=4096,

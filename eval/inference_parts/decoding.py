@@ -23,7 +23,7 @@ from holo_jax.model import HoloForCausalLM, ModelState
 from holo_jax.precision import Precision
 
 _PLAN = Sampling().plan
-_METRICS = ("milliseconds_per_step", "tokens_per_second", "share_of_bound")
+_METRICS = ("milliseconds_per_step", "tokens_per_second", "share_of_bound", "share_of_traffic")
 # Of the allocator's limit; the rest is for logits, temporaries and the library's own.
 _USABLE = 0.92
 
@@ -108,8 +108,7 @@ def _filled(state: ModelState, context: int) -> ModelState:
     return state._replace(layers=layers, position=jnp.full_like(state.position, context))
 
 
-def run(
-    reporter: Reporter,
+def plan(
     decoders: Sequence[str],
     size: Size,
     *,
@@ -118,13 +117,10 @@ def run(
     contexts: Sequence[int],
     steps: int,
     single_steps: bool,
-    samples: int,
-    ceilings: Ceilings,
-    workers: int,
     seed: int,
-) -> None:
-    """Times every decoder at every batch (and context, for attention) that fits the device."""
-    spare = steps * (samples + 2)
+) -> list[tuple[Decoder, Cell]]:
+    """Every decoder at every batch (and context, for attention), with its weights on the device."""
+    planned = []
     for name in dict.fromkeys(text.partition(":")[0] for text in decoders):
         decoder = Decoder(name, size, activations, seed)
         dtypes = [text.partition(":")[2] or "float32" for text in decoders if text.partition(":")[0] == name]
@@ -132,21 +128,37 @@ def run(
         cells = [Cell(name, size.width, d, b, c, steps) for d in dtypes for c in lengths for b in batches]
         if single_steps:
             cells.append(Cell(name, size.width, dtypes[0], min(batches), lengths[0], 1))
-        fitting = [cell for cell in cells if _fits(reporter, decoder, cell, spare)]
-        for cell, built in zip(
-            fitting, compile_all([decoder.job(cell, spare) for cell in fitting], workers), strict=True
-        ):
-            _time(reporter, decoder, cell, built, spare, samples, ceilings)
+        planned += [(decoder, cell) for cell in cells]
+    return planned
+
+
+def run(
+    reporter: Reporter,
+    planned: Sequence[tuple[Decoder, Cell]],
+    *,
+    samples: int,
+    ceilings: Ceilings,
+    workers: int,
+) -> None:
+    """Compiles what fits the device, all together; then times one after the other."""
+
+    def spare(cell: Cell) -> int:
+        return cell.steps * (samples + 2)
+
+    fitting = [(d, cell) for d, cell in planned if _fits(reporter, d, cell, spare(cell))]
+    jobs = [decoder.job(cell, spare(cell)) for decoder, cell in fitting]
+    for (decoder, cell), built in zip(fitting, compile_all(jobs, workers), strict=True):
+        _time(reporter, decoder, cell, built, spare(cell), samples, ceilings)
 
 
 def _fits(reporter: Reporter, decoder: Decoder, cell: Cell, spare: int) -> bool:
     statistics = jax.devices()[0].memory_stats()
     shapes = jax.eval_shape(lambda: decoder.start(cell, spare))
-    needed = decoder.weight_bytes + sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    if not statistics or needed < _USABLE * statistics["bytes_limit"]:
+    state = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    if not statistics or statistics["bytes_in_use"] + state < _USABLE * statistics["bytes_limit"]:
         return True
     limit = statistics["bytes_limit"]
-    detail = f"weights and state need {needed / 2**30:.0f} GiB; the device has {limit / 2**30:.0f} GiB"
+    detail = f"the state needs {state / 2**30:.0f} GiB beside weights; the device has {limit / 2**30:.0f} GiB"
     reporter.add(*(absent(metric, "oom", detail=detail, **cell.where) for metric in _METRICS))
     return False
 
@@ -172,15 +184,20 @@ def _time(
         reporter.add(*(absent(metric, status, detail=detail, **cell.where) for metric in _METRICS))
         return
     bound = (decoder.weight_bytes + size) / ceilings.bytes_per_second
+    # A memory is written back with every token; of a cache, one slot.
+    written = 0 if "attention" in decoder.config.layer_kinds else size
+    moved = bound + written / ceilings.bytes_per_second
     reporter.add(
         median("milliseconds_per_step", seconds, cell.where, scale=1e3),
         median("tokens_per_second", [cell.batch / s for s in seconds], cell.where),
         median("share_of_bound", [bound / s for s in seconds], cell.where),
+        median("share_of_traffic", [moved / s for s in seconds], cell.where),
         exact("state_bytes", size, **cell.where),
         exact("weight_bytes", decoder.weight_bytes, **cell.where),
     )
     took = np.median(seconds)
-    say(f"{cell.where}: {1e3 * took:.3f} ms a step, {bound / took:.2f} of the bound")
+    shares = f"{bound / took:.2f} of the bound, {moved / took:.2f} of the traffic"
+    say(f"{cell.where}: {1e3 * took:.3f} ms a step, {shares}")
 
 
 def latency(
