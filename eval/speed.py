@@ -20,6 +20,7 @@ from eval.speed_parts.peers import driver as peers
 from eval.speed_parts.timing import say
 from eval.speed_view import figures, table
 from holo_jax import kernels
+from holo_jax.functional.checks import BINDINGS, check_choice
 
 PARTS = ("peers", "memory_op", "mixer", "train", "inference")
 
@@ -36,6 +37,8 @@ class Settings:
     outer_shape: tuple[int, int, int, int, int]
     hadamard_shape: tuple[int, int, int, int]
     portable_chunks: tuple[int, ...]
+    bindings: tuple[str, ...]
+    tilings: tuple[str, ...]
     mixers: tuple[str, ...]
     train: tuple[str, ...]
     profile: tuple[str, ...]
@@ -58,6 +61,10 @@ class Settings:
         for part in self.parts:
             if part not in PARTS:
                 raise ValueError(f"parts names {part!r}; it must be one of {', '.join(PARTS)}")
+        for binding in self.bindings:
+            check_choice("bindings", binding, BINDINGS)
+        if set(self.parts) - {"memory_op"} and set(self.bindings) != set(BINDINGS):
+            raise ValueError(f"bindings is {self.bindings!r}; it must be all where models are timed")
         for text in (*self.mixers, *self.train, *self.profile):
             parse_variant(text)
         for text in self.peers:
@@ -83,13 +90,16 @@ def memory_ops(settings: Settings, usable: tuple[str, ...]) -> list[Op]:
     for addressing in ("content", "position"):
         for chunk in settings.portable_chunks:
             ops.append(Op("hadamard", False, "portable", hb, ht, hh, hd, hd, addressing, chunk=chunk))
-    return ops
+        for tiling in ("", *settings.tilings) if "triton" in usable else ():
+            ops.append(Op("hadamard", False, "triton", hb, ht, hh, hd, hd, addressing, rule=tiling))
+    return [op for op in ops if op.binding in settings.bindings]
 
 
 def evaluate(settings: Settings, reporter: Reporter) -> None:
     """Gate, ceilings, then the chosen parts."""
+    covered = {"hopper": ("outer",), "triton": ("hadamard",)}
     usable = {
-        b.name: ("outer",) if b.name == "hopper" else ("outer", "hadamard")
+        b.name: tuple(x for x in covered.get(b.name, settings.bindings) if x in settings.bindings)
         for b in kernels.available()
         if b.usable
     }
@@ -133,8 +143,11 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             reporter, ops, passed, ceilings, seed=settings.seed, samples=settings.samples, **options
         )
         save(reporter)
-    # A model with backend "auto" uses whatever is usable, so everything usable must have passed.
-    sound = blocks_sound and len(passed) == sum(len(bindings) for bindings in usable.values())
+    # What a model may use must have passed: all that "auto" picks from, and what a variant names.
+    named = {parse_variant(text).backend for text in (*settings.mixers, *settings.train, *settings.profile)}
+    serving = named | {"portable", *kernels.AUTOMATIC}
+    needed = {(name, x) for name, bindings in usable.items() if name in serving for x in bindings}
+    sound = blocks_sound and needed <= passed
     if not sound:
         reporter.note("something failed the gate, so mixer and train step are not timed")
         return

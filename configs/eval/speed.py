@@ -33,6 +33,8 @@ _FULL = dict(
     outer_shape=(8, 4096, 16, 32, 64),  # batch, length, heads, phasors, channels
     hadamard_shape=(8, 4096, 32, 64),  # batch, length, heads, channels
     portable_chunks=(64, 256),
+    bindings=("outer", "hadamard"),  # of the memory op and its gate
+    tilings=(),  # more shapes of the triton kernels, as "8x8x64x4": the fields of its Tiling
     mixers=("holo_sum@2048", "holo@2048", "seed@2048", "attention@2048", "attention@16384", "ssm@2048"),
     train=(
         *_MAIN,

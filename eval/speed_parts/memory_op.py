@@ -13,15 +13,20 @@ from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.timing import Built, Job, compile_all, failure, median, missing, sample_seconds
 from holo_jax import kernels
 from holo_jax.functional import phases_at
-from holo_jax.kernels import hopper
+from holo_jax.kernels import hopper, triton
 from holo_jax.kernels.call import Call
+from holo_jax.kernels.triton_hadamard import Tiling
 
 _SETS = 3  # input sets in rotation, so that no run finds its inputs in the cache
 
 
 @dataclasses.dataclass(frozen=True)
 class Op:
-    """One accumulation to time; ``rule`` names a kernel variant, ``chunk`` a chunk of the portable form."""
+    """One accumulation to time.
+
+    ``rule`` names a variant of a kernel (of ``triton`` the fields of its ``Tiling``, joined by "x"),
+    ``chunk`` a chunk of the portable form.
+    """
 
     binding: str
     erase: bool
@@ -83,7 +88,10 @@ def apply(op: Op, inputs: dict[str, jax.Array]) -> jax.Array:
         turns = jax.random.bits(jax.random.key(1), (op.heads, op.m), jnp.uint32)
         write = read = phases_at(turns, jnp.arange(op.length, dtype=jnp.uint32)[None])
     arguments = (write, read, inputs["values"], inputs["gates"], inputs.get("erase"))
-    if op.rule:
+    if op.rule and op.backend == "triton":
+        tiling = Tiling(*map(int, op.rule.split("x")))
+        outputs, _ = triton.accumulate(Call(*arguments, op.binding), plain=tiling, turning=tiling)
+    elif op.rule:
         outputs, _ = hopper.accumulate(Call(*arguments, op.binding), rule=op.rule)
     else:
         outputs, _ = kernels.accumulate(

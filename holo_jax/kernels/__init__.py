@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
-from holo_jax.kernels import capability, ensemble, hopper
-from holo_jax.kernels.call import Call
+from holo_jax.kernels import capability, ensemble, hopper, triton
+from holo_jax.kernels.call import READ_NAME, Call
 from holo_jax.kernels.capability import BackendUnavailableError
-from holo_jax.kernels.hopper import READ_NAME
 from holo_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from holo_jax.kernels.phasor_features import phasor_features, sin_cos
 from holo_jax.kernels.swiglu import swiglu
 
 __all__ = [
+    "AUTOMATIC",
     "BACKENDS",
     "READ_NAME",
     "Backend",
@@ -33,7 +33,9 @@ __all__ = [
     "swiglu",
 ]
 
-_KERNELS = {"hopper": hopper}
+_KERNELS = {"hopper": hopper, "triton": triton}
+# A kernel joins when it has been equal to the definition, and faster, on hardware.
+AUTOMATIC = ("hopper",)
 BACKENDS = ("auto", "ensemble", "portable", *_KERNELS)
 
 
@@ -80,7 +82,7 @@ def choose(call: Call, backend: str = "auto") -> str:
         return backend
     # A kernel works in whole chunks, so on less than one it only adds work.
     long_enough = call.values.shape[1] >= 64
-    usable = (name for name, module in _KERNELS.items() if long_enough and module.unsupported(call) is None)
+    usable = (name for name in AUTOMATIC if long_enough and _KERNELS[name].unsupported(call) is None)
     return next(usable, "portable")
 
 

@@ -8,6 +8,9 @@ from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional.segments import run_index
 
+# What the kernels call their results, for rematerialisation policies.
+READ_NAME = "memory_read"
+
 
 class Call(NamedTuple):
     """Arguments of ``holo_jax.functional.accumulate``; see there."""

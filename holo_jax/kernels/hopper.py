@@ -22,13 +22,12 @@ from jax.ad_checkpoint import checkpoint_name
 
 from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
-from holo_jax.kernels.call import Call, total_writes
+from holo_jax.kernels.call import READ_NAME, Call, total_writes
 from holo_jax.kernels.capability import compute_capability, installed_version, partitioned
 from holo_jax.kernels.phasor_features import phasor_features
 
 VERSION = "0.1.0"
 COVERS = "outer memory with bfloat16 values on Hopper, by jax-linear-attention"
-READ_NAME = "memory_read"
 _CHUNK = 64
 _MAX_CHUNKS = 65535
 _WIDTHS = (64, 128)

@@ -20,8 +20,8 @@ from holo_jax.array_types import Array, Float
 from holo_jax.precision import assert_wide
 
 # 2 pi = HIGH + LOW; HIGH has 8 significant bits, so n * HIGH is exact for |n| < 2^16.
-_HIGH = 6.28125
-_LOW = 2.0 * math.pi - _HIGH
+HIGH = 6.28125
+LOW = 2.0 * math.pi - HIGH
 _SIN = (9.99999976e-01, -1.66666476e-01, 8.33289854e-03, -1.98008185e-04, 2.59032786e-06)
 _COS = (9.99999953e-01, -4.99999050e-01, 4.16635756e-02, -1.38536354e-03, 2.31523349e-05)
 
@@ -44,8 +44,12 @@ def sin_cos(phases: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Arr
     """
     if phases.dtype != jnp.float32:
         raise TypeError(f"phases has dtype {phases.dtype}; it must be float32")
-    turns = jnp.round(phases * (1.0 / (2.0 * math.pi)))
-    half = 0.5 * ((phases - turns * _HIGH) - turns * _LOW)
+    return sin_cos_reduced(phases, jnp.round(phases * (1.0 / (2.0 * math.pi))))
+
+
+def sin_cos_reduced(phases: Array, turns: Array) -> tuple[Array, Array]:
+    """``(sin, cos)`` of float32 phases given the whole number of turns nearest to each."""
+    half = 0.5 * ((phases - turns * HIGH) - turns * LOW)
     z = half * half
     sine = half * _polynomial(_SIN, z)
     cosine = _polynomial(_COS, z)

@@ -1,0 +1,152 @@
+"""The kernels of the elementwise memory, in Pallas' interpreter, against the definition in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from holo_jax import kernels
+from holo_jax.functional import MemoryState, accumulate
+from holo_jax.kernels import BackendUnavailableError, triton
+from holo_jax.kernels.call import Call
+from holo_jax.kernels.triton_hadamard import Tiling
+
+B, H, D = 2, 2, 32
+SMALL = Tiling(rows=4, steps=2, channels=32)
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def draw(time, *, packed, gated, shared, rows=B, dtype="float64"):
+    """Arguments by name, and weights of the outputs."""
+    rng = np.random.default_rng(time)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32).astype(np.float64)
+
+    inputs = {"write": 3 * normal(rows, time, H, D), "values": normal(B, time, H, D)}
+    if not shared:
+        inputs["read"] = 3 * normal(rows, time, H, D)
+    if gated:
+        inputs["gates"] = rng.uniform(size=(B, time, H)).astype(np.float32).astype(np.float64)
+    if packed:
+        inputs["state"] = [normal(B, H, D) for _ in range(4)]
+    starts = rng.uniform(size=(B, time)) < 0.08
+    segments = jnp.asarray(np.cumsum(starts, 1), jnp.int32) if packed else None
+    weights = (normal(B, time, H, D), normal(B, H, D), normal(B, H, D))
+    return inputs, segments, weights
+
+
+def objective(function, segments, weights, inputs):
+    state = None
+    if "state" in inputs:
+        a, b, c, d = inputs["state"]
+        memory, residue = jax.lax.complex(a, b), 1e-3 * jax.lax.complex(c, d)
+        state = MemoryState(memory, residue, jnp.ones((B, H), a.dtype))
+    write = inputs["write"]
+    outputs, after = function(
+        Call(
+            write,
+            inputs.get("read", write),
+            inputs["values"],
+            inputs.get("gates"),
+            None,
+            "hadamard",
+            segment_ids=segments,
+            initial_state=state,
+        )
+    )
+    memory = after.memory + after.residue
+    total = sum(jnp.sum(x * w) for x, w in zip((outputs, memory.real, memory.imag), weights, strict=True))
+    return total + jnp.sum(after.writes), (outputs, memory.real, memory.imag)
+
+
+def definition(call):
+    return accumulate(**{**call._asdict(), "method": "recurrent"})
+
+
+def compare(function, case, limit, differentiated=None):
+    """Values and gradients of ``function`` in float32 against the definition in float64."""
+    inputs, segments, weights = case
+    names = differentiated or tuple(inputs)
+
+    def run(function, inputs, weights):
+        def of(chosen):
+            return objective(function, segments, weights, {**inputs, **chosen})
+
+        chosen = {name: inputs[name] for name in names}
+        return jax.value_and_grad(of, has_aux=True)(chosen)
+
+    with jax.enable_x64(True):
+        (_, wanted), slopes = jax.jit(lambda i, w: run(definition, i, w), compiler_options=FAST_COMPILE)(
+            inputs, weights
+        )
+        wanted, slopes = jax.tree.map(np.asarray, (wanted, slopes))
+    narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), (inputs, weights))
+    compiled = jax.jit(lambda i, w: run(function, i, w), compiler_options=FAST_COMPILE)
+    (_, found), gradients = compiled(*narrow)
+    wanted, found = jax.tree.leaves((wanted, slopes)), jax.tree.leaves((found, gradients))
+    for right, mine in zip(wanted, found, strict=True):
+        assert np.linalg.norm(mine - right) < limit * np.linalg.norm(right)
+
+
+def interpreted(pieces=1):
+    return lambda call: triton.accumulate(call, plain=SMALL, turning=SMALL, pieces=pieces, interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("time", "pieces", "options"),
+    [
+        (63, 1, dict(packed=False, gated=True, shared=False)),
+        (93, 3, dict(packed=True, gated=True, shared=False)),
+        (93, 2, dict(packed=True, gated=False, shared=True)),
+        (45, 2, dict(packed=False, gated=True, shared=False, rows=1)),
+    ],
+    ids=["plain", "packed-from-a-state-in-pieces", "one-phase", "phases-shared-by-rows"],
+)
+def test_kernels_are_the_definition_in_values_and_gradients(time, pieces, options):
+    compare(interpreted(pieces), draw(time, **options), 2e-6)
+
+
+def test_phases_without_gradient():
+    """As in positional addressing: the backward pass sums once, and reads one array of phases."""
+    case = draw(93, packed=True, gated=True, shared=True, rows=1)
+    compare(interpreted(2), case, 2e-6, differentiated=("values", "gates", "state"))
+
+
+def call(dtype=jnp.bfloat16, time=128, d=D, binding="hadamard", **options):
+    phases, values = jnp.zeros((B, time, H, d)), jnp.zeros((B, time, H, d), dtype)
+    return Call(phases, phases, values, None, None, binding, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "capability", "reason"),
+    [
+        (dict(), (8, 0), None),
+        (dict(dtype=jnp.float32), (8, 9), None),
+        (dict(), (7, 5), "compute capability 8.0"),
+        (dict(), None, "compute capability 8.0"),
+        (dict(binding="outer"), (9, 0), "binding is 'outer'"),
+        (dict(method="recurrent"), (9, 0), "method is 'recurrent'"),
+        (dict(chunk_size=64), (9, 0), "chunk_size is 64"),
+        (dict(d=48), (9, 0), "d is 48; it must be a multiple of 32"),
+    ],
+)
+def test_triton_is_chosen_only_for_what_it_supports(monkeypatch, change, capability, reason):
+    monkeypatch.setattr(triton, "compute_capability", lambda: capability)
+    monkeypatch.setattr(triton, "partitioned", lambda: False)
+    asked = call(**change)
+    if reason is None:
+        assert kernels.choose(asked, "triton") == "triton"
+        return
+    assert kernels.choose(asked) != "triton"
+    with pytest.raises(BackendUnavailableError, match=reason):
+        kernels.choose(asked, "triton")
+
+
+def test_a_row_is_split_where_rows_and_channels_are_few():
+    def pieces(rows, time, channels):
+        values = jax.ShapeDtypeStruct((rows, time, 1, channels), jnp.bfloat16)
+        return triton.plan(Call(values, values, values, None, None, "hadamard"), Tiling(), None, True).pieces
+
+    assert pieces(8, 4096, 2048) == 1 and pieces(4, 4096, 2048) == 2
+    assert pieces(2, 16_384, 2048) == 4 and pieces(1, 100, 64) == 1
