@@ -59,6 +59,9 @@ class Settings:
     target_mse: float
 
     def __post_init__(self) -> None:
+        common.require_positive(
+            self, "queries", "vocabulary", "rule_memories", "decoder_samples", "decoder_batch"
+        )
         unknown = set(self.sections) - set(SECTIONS)
         if unknown:
             raise ValueError(f"sections has {sorted(unknown)}; known are {', '.join(SECTIONS)}")

@@ -6,6 +6,7 @@ Exit code 0: measured; 1: measured, but a control failed (the notes say which); 
 
 import dataclasses
 import importlib.util
+import os
 import sys
 import time
 import types
@@ -144,6 +145,17 @@ def _convert(hint: object, value: object, path: str):
     raise TypeError(f"{path} is {value!r}; it must be {getattr(hint, '__name__', hint)}")
 
 
+def require_positive(settings: object, *names: str) -> None:
+    """Checks that fields are at least one.
+
+    Raises:
+      ValueError: naming the first that is not.
+    """
+    for name in names:
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name} is {getattr(settings, name)}; it must be positive")
+
+
 def load_config(name: str, variant: str = "full") -> ConfigDict:
     """Settings of ``configs/eval/NAME.py`` by variant, unlocked for changes in code (tests)."""
     path = provenance.ROOT / "configs" / "eval" / f"{name}.py"
@@ -151,6 +163,26 @@ def load_config(name: str, variant: str = "full") -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(variant).unlock()
+
+
+def refuse(program: str, reason: object) -> int:
+    """Says in one line why nothing was done; returns the exit code."""
+    print(f"{program}: {' '.join(str(reason).split())}", file=sys.stderr)
+    return 2
+
+
+def check_out(out: Path, *, file: bool = False) -> None:
+    """Checks that ``out`` can become a directory (or a file) before anything is computed for it.
+
+    Raises:
+      ValueError: naming the path that is in the way.
+    """
+    if file and out.is_dir():
+        raise ValueError(f"--out={out} is a directory; it must be a file")
+    place = (out.parent if file else out).absolute()
+    nearest = next(path for path in (place, *place.parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"--out={out} cannot be written: {nearest} is no directory that can be written")
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -201,10 +233,11 @@ def run(
         settings, out = _parse(name, settings_type, argv)
     except SystemExit as stop:
         return int(stop.code or 0)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    except (flags.Error, AttributeError, KeyError, SyntaxError, TypeError, ValueError, OSError) as error:
         text = str(error.args[0] if isinstance(error, KeyError | AttributeError) and error.args else error)
-        print(f"eval.{name}: {text}", file=sys.stderr)
-        return 2
+        if text.startswith("Error whilst parsing config file"):  # with a traceback, whose last line says it
+            text = text.strip().rpartition("\n")[2]
+        return refuse(f"eval.{name}", text)
     reporter = Reporter(
         name, settings, seeds(settings), out=out, command=provenance.command(f"eval.{name}", argv)
     )
@@ -212,8 +245,7 @@ def run(
         with reporter.steps:
             evaluate(settings, reporter)
     except _REFUSALS as error:
-        print(f"eval.{name}: {error}", file=sys.stderr)
-        return 2
+        return refuse(f"eval.{name}", error)
     results = reporter.results()
     path = results.write(out)
     for stem, figure in figures(results, "light").items():
@@ -235,6 +267,8 @@ def _parse(name: str, settings_type: type, argv: Sequence[str]) -> tuple[object,
     config = config_flags.DEFINE_config_file(
         "config", default, "settings file, with :variant", flag_values=registry, sys_argv=arguments
     )
+    # The default file is loaded by now; a file without get_config would be loaded over it and keep its own.
+    sys.modules.pop("config_config", None)
     out = flags.DEFINE_string(
         "out", None, "directory for results.json, plots, table.md", flag_values=registry
     )
@@ -246,4 +280,5 @@ def _parse(name: str, settings_type: type, argv: Sequence[str]) -> tuple[object,
         raise ValueError(f"unexpected argument {rest[0]!r}; options start with --")
     if not out.value:
         raise ValueError("--out=DIR is required")
+    check_out(Path(out.value))
     return freeze(settings_type, config.value), Path(out.value)

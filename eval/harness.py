@@ -10,7 +10,7 @@ import os
 import sys
 
 from eval import common
-from eval.common import Reporter, cell, markdown_table
+from eval.common import Reporter, UsageError, cell, markdown_table
 from eval.opened import RANDOM, open_model
 from eval.results import Results, Value
 
@@ -48,7 +48,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     """Runs the tasks.
 
     Raises:
-      ModuleNotFoundError: without lm_eval, saying how to install it.
+      UsageError: without lm_eval, saying how to install it.
     """
     if settings.include_path:
         # The harness's data library asks its hub for newer versions unless it is told not to.
@@ -58,7 +58,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         import lm_eval
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"{error}; install the extra: pip install 'holo-jax[eval]'") from error
+        raise UsageError(f"{error}; install the extra: pip install 'holo-jax[eval]'") from error
     from eval.lm import HoloLM
 
     opened = open_model(settings.checkpoint, settings.random_model)

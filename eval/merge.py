@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval import models, plots
+from eval.common import check_out, refuse
 from eval.registry import view_of
 from eval.results import Results, write_atomically
 
@@ -74,20 +75,19 @@ def draw(results: Results, out: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs from the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h"} & {*arguments}:
+        print(__doc__)
+        return 0
     outs = [a.removeprefix("--out=") for a in arguments if a.startswith("--out=")]
     runs = [a for a in arguments if not a.startswith("--")]
     unknown = [a for a in arguments if a.startswith("--") and not a.startswith("--out=")]
     if unknown or len(outs) != 1 or not runs:
-        print(
-            f"{__doc__}\neval.merge: give one --out=DIR and at least one run; unknown: {unknown}",
-            file=sys.stderr,
-        )
-        return 2
+        return refuse("eval.merge", f"give RUN... and one --out=DIR; unknown: {unknown}")
     try:
+        check_out(Path(outs[0]))
         results = merge([Results.read(Path(run)) for run in runs])
     except (OSError, ValueError, TypeError) as error:
-        print(f"eval.merge: {error}", file=sys.stderr)
-        return 2
+        return refuse("eval.merge", error)
     draw(results, Path(outs[0]))
     print(f"{outs[0]}: {len(results.values)} values of {len(runs)} runs")
     return 0

@@ -52,6 +52,7 @@ class Settings:
     control_from: float
 
     def __post_init__(self) -> None:
+        common.require_positive(self, "rows", "piece", "forward_rows")
         models.check_selection(self.models, self.select)
         if not haystack.KEYS <= self.filler_from < self.shared["vocab_size"]:
             raise ValueError(f"filler_from is {self.filler_from}; it must be an id from {haystack.KEYS} on")

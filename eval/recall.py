@@ -54,6 +54,7 @@ class Settings:
     published: bool
 
     def __post_init__(self) -> None:
+        common.require_positive(self, "width", "test_width", "test_rows", "test_batch")
         models.check_selection(self.models, self.select)
         vocab_size = self.shared["vocab_size"]
         for length, pairs, *_ in (*self.train, *self.test):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eval import provenance
+from eval.common import check_out, refuse
 from eval.report_page import page
 from eval.results import FILENAME, Results, write_atomically
 from train.metrics import METRICS_FILE, iterate_rows
@@ -161,18 +162,20 @@ def _measured(evaluation: Evaluation) -> list:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs from the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"--help", "-h"} & {*arguments}:
+        print(__doc__)
+        return 0
     outs = [a.removeprefix("--out=") for a in arguments if a.startswith("--out=")]
     unknown = [a for a in arguments if a.startswith("-") and not a.startswith("--out=")]
     paths = [Path(a) for a in arguments if not a.startswith("-")]
     if unknown or len(outs) > 1 or not paths:
-        print(f"{__doc__}\neval.report: give at least one RUN; unknown: {unknown}", file=sys.stderr)
-        return 2
+        return refuse("eval.report", f"give RUN... and at most one --out=FILE; unknown: {unknown}")
     out = Path(outs[0] if outs else "report.html")
     try:
+        check_out(out, file=True)
         runs, evaluations = collect(paths)
     except (OSError, ValueError, TypeError) as error:
-        print(f"eval.report: {error}", file=sys.stderr)
-        return 2
+        return refuse("eval.report", error)
     text = page(
         runs,
         evaluations,

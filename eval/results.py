@@ -213,7 +213,10 @@ class Results:
         """Reads and validates a result file (or the one inside a directory)."""
         path = Path(path)
         path = path / FILENAME if path.is_dir() else path
-        data = json.loads(path.read_text())
+        try:
+            data = json.loads(path.read_text())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
         try:
             validate(data)
         except (TypeError, ValueError) as error:

@@ -214,7 +214,7 @@ def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         raise StateError(f"{path} cannot be read: {error.strerror or error}") from None
     except safetensors.SafetensorError as error:
         raise StateDamagedError(f"{path} is no state file, or is damaged: {error}") from None
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         raise StateDamagedError(f"{path} is no state file: it has no metadata of one") from None
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise StateDamagedError(f"{path} is no state file: its format is not {FORMAT!r}")

@@ -13,6 +13,7 @@ import numpy as np
 from holo_jax.optional import require
 
 TokenIds = Sequence[int] | np.ndarray
+_MAX_BYTES = 1 << 27
 MARKS_FILE = "marks.json"
 _BOS_NAMES = ("<s>", "<|bos|>", "<bos>", "<|begin_of_text|>", "[BOS]")
 _EOS_NAMES = ("</s>", "<|eos|>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]")
@@ -144,6 +145,8 @@ class JsonTokenizer:
         # A document that quotes "</s>" must not get an end mark in the middle.
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise TokenizerError(f"{name} is not a tokenizers JSON file: its vocabulary is empty")
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id = _mark(vocabulary, bos, _BOS_NAMES, name, "bos")
         self.eos_id = _mark(vocabulary, eos, _EOS_NAMES, name, "eos")
@@ -190,7 +193,7 @@ def _mark(
     vocabulary: dict[str, int], wanted: str | None, usual: Sequence[str], name: str, field: str
 ) -> int | None:
     if wanted is not None:
-        if wanted not in vocabulary:
+        if not isinstance(wanted, str) or wanted not in vocabulary:
             raise TokenizerError(f"{name}: the {field} token {wanted!r} is not in the vocabulary")
         return vocabulary[wanted]
     return next((vocabulary[token] for token in usual if token in vocabulary), None)
@@ -233,7 +236,7 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
             f"tokenizer {text!r} is not there; give a file, a directory with tokenizer.json or "
             "tokenizer.model, or 'bytes'"
         )
-    data = path.read_bytes()
+    data = _read_bytes(path)
     if explicit == "tokenizers" or (explicit is None and data.lstrip()[:1] == b"{"):
         return JsonTokenizer(data, str(path))
     return SentencePieceTokenizer(data, str(path))
@@ -254,17 +257,25 @@ def _load_directory(path: Path) -> Tokenizer:
         names = (_token_text(config.get("bos_token")), _token_text(config.get("eos_token")))
     if (path / "tokenizer.json").is_file():
         file = path / "tokenizer.json"
-        return JsonTokenizer(file.read_bytes(), str(file), *names)
+        return JsonTokenizer(_read_bytes(file), str(file), *names)
     if (path / "tokenizer.model").is_file():
         file = path / "tokenizer.model"
-        return SentencePieceTokenizer(file.read_bytes(), str(file))
+        return SentencePieceTokenizer(_read_bytes(file), str(file))
     raise TokenizerError(f"{path} has neither tokenizer.json nor tokenizer.model")
+
+
+def _read_bytes(path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise TokenizerError(f"{path} is no tokenizer: it is larger than {_MAX_BYTES} bytes")
+    return data
 
 
 def _read_object(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
+        value = json.loads(_read_bytes(path))
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise TokenizerError(f"{path} is not a JSON object")

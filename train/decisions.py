@@ -15,6 +15,7 @@ from typing import Any
 from train.errors import StorageError
 
 DECISIONS_FILE = "decisions.jsonl"
+_MAX_BYTES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +59,14 @@ def read_rollbacks(workdir: Path) -> list[Rollback]:
     """
     path = workdir / DECISIONS_FILE
     try:
-        lines = path.read_bytes().split(b"\n")
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
     except FileNotFoundError:
         return []
+    if len(data) > _MAX_BYTES:
+        raise StorageError(f"{path} is damaged: it is larger than {_MAX_BYTES} bytes")
     rollbacks = []
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(data.split(b"\n")[:-1], start=1):
         try:
             values = json.loads(line)
             rollback = Rollback(**values)

@@ -13,6 +13,7 @@ from train.errors import LockError, StorageError
 LOCK_FILE = ".lock"
 _TOUCH_SECONDS = 30.0
 _STALE_SECONDS = 600.0
+_MAX_CHARACTERS = 1 << 16
 
 
 class RunLock:
@@ -63,7 +64,7 @@ class RunLock:
     def _owner(self) -> dict[str, Any]:
         self._file.seek(0)
         try:
-            owner = json.load(self._file)
+            owner = json.loads(self._file.read(_MAX_CHARACTERS))
         except (ValueError, RecursionError):
             return {}
         return owner if isinstance(owner, dict) else {}

@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if manifest is not None:
             print(counts_table(manifest))
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import zstandard
 
@@ -127,9 +127,14 @@ def benchmark_load(data: str, context_length: int, batch: int, steps: int, step_
     }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise DataError(message)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m train.corpus.benchmark")
+    parser = _Parser(prog="python -m train.corpus.benchmark")
     kinds = parser.add_subparsers(dest="kind", required=True)
     prepare = kinds.add_parser("prepare")
     prepare.add_argument("--source", required=True)
@@ -142,14 +147,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     load.add_argument("--batch", type=int, default=128)
     load.add_argument("--steps", type=int, default=50)
     load.add_argument("--step-ms", type=float, default=200)
-    given = parser.parse_args(argv)
     try:
+        given = parser.parse_args(argv)
+        for name, value in vars(given).items():
+            if not isinstance(value, str) and not 0 < value < 1e9:
+                raise DataError(f"--{name.replace('_', '-')} is {value}; it must be positive")
         if given.kind == "prepare":
             result = benchmark_prepare(given.source, given.tokenizer, given.workers, given.mb)
         else:
             result = benchmark_load(given.data, given.context_length, given.batch, given.steps, given.step_ms)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (DataError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return EXIT_USAGE
     print(json.dumps(result, indent=1))
     return 0

@@ -12,6 +12,7 @@ from train.corpus.errors import ManifestError
 from train.corpus.files import sha256_bytes, to_json, write_atomically
 
 FORMAT = 1
+_MAX_BYTES = 1 << 27  # 700 bytes a shard
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_DIRECTORY = "tokenizer"
 
@@ -85,13 +86,21 @@ def read_manifest(directory: Path) -> Json:
             "(--source may also name local files)"
         )
     try:
-        manifest = json.loads(path.read_bytes())
-    except ValueError as error:
+        with path.open("rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+        if len(data) > _MAX_BYTES:
+            raise ValueError(f"it is larger than {_MAX_BYTES} bytes")
+        manifest = json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise ManifestError(f"{path} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise ManifestError(f"{path} has format {found!r}; this version reads format {FORMAT}")
-    if manifest.get("checksum") != _checksum(manifest):
+    try:
+        intact = manifest.get("checksum") == _checksum(manifest)
+    except (ValueError, RecursionError):  # text that is no Unicode, or nested without end
+        intact = False
+    if not intact:
         raise ManifestError(f"{path} is damaged: its content does not match its checksum")
     return manifest
 

@@ -116,7 +116,7 @@ def read_plan(directory: Path) -> Json | None:
         return None
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PlanError(f"{path} is damaged: {error}; remove {directory} and start again") from error
 
 
@@ -144,5 +144,5 @@ def read_receipt(directory: Path, job: ShardJob) -> dict[str, Any] | None:
     """The receipt of a finished shard, or None if there is none that can be read."""
     try:
         return json.loads((directory / job.receipt).read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None

@@ -105,9 +105,10 @@ def _cache_directory() -> Path:
 def _read_stamp(path: Path, key: str) -> Json:
     try:
         stamp = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return stamp["files"] if isinstance(stamp, dict) and stamp.get("manifest") == key else {}
+    files = stamp.get("files") if isinstance(stamp, dict) and stamp.get("manifest") == key else None
+    return files if isinstance(files, dict) else {}
 
 
 def _write_stamp(places: Sequence[Path], stamp: Json) -> None:
