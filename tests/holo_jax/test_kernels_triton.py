@@ -1,5 +1,7 @@
 """The kernels of the elementwise memory, in Pallas' interpreter, against the definition in float64."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -111,6 +113,31 @@ def test_phases_without_gradient():
     """As in positional addressing: the backward pass sums once, and reads one array of phases."""
     case = draw(93, packed=True, gated=True, shared=True, rows=1)
     compare(interpreted(2), case, 2e-6, differentiated=("values", "gates", "state"))
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_kernels_lower_for_a_gpu(turned):
+    """All that happens before the device's own compiler: what the interpreter accepts, Triton may not."""
+    shapes = (B, 321, H, 64)
+    phases, values = jax.ShapeDtypeStruct(shapes, jnp.float32), jax.ShapeDtypeStruct(shapes, jnp.bfloat16)
+    gates, segments = jax.ShapeDtypeStruct(shapes[:3], jnp.float32), jnp.zeros(shapes[:2], jnp.int32)
+
+    def step(phases, values, gates):
+        def run(values, gates, moved):
+            write = phases + moved if turned else phases
+            asked = Call(write, write, values, gates, None, "hadamard", segment_ids=segments)
+            return triton.accumulate(asked, pieces=2)[0]
+
+        outputs, pull = jax.vjp(run, values, gates, phases)
+        return pull(outputs)
+
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of this backend of Pallas
+        lowered = jax.jit(step).trace(phases, values, gates).lower(lowering_platforms=("cuda",))
+    # Totals of pieces, then the pass itself; forward and backward.
+    assert lowered.as_text().count("xla.gpu.triton") == 4
 
 
 def call(dtype=jnp.bfloat16, time=128, d=D, binding="hadamard", **options):
