@@ -15,7 +15,7 @@ from holo_jax import kernels
 from holo_jax.functional import phases_at
 from holo_jax.kernels import hopper, triton
 from holo_jax.kernels.call import Call
-from holo_jax.kernels.triton_hadamard import Tiling
+from holo_jax.kernels.triton_program import Tiling
 
 _SETS = 3  # input sets in rotation, so that no run finds its inputs in the cache
 

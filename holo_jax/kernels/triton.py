@@ -19,7 +19,8 @@ from holo_jax.functional import MemoryState
 from holo_jax.functional.segments import run_index
 from holo_jax.kernels.call import READ_NAME, Call, total_writes
 from holo_jax.kernels.capability import compute_capability, partitioned
-from holo_jax.kernels.triton_hadamard import Plan, Tiling, backward_kernel, forward_kernel, launch
+from holo_jax.kernels.triton_hadamard import backward_kernel, forward_kernel, launch
+from holo_jax.kernels.triton_program import Plan, Tiling
 
 COVERS = "hadamard memory on NVIDIA GPUs of compute capability 8.0 or higher"
 _CHANNELS = (64, 32)

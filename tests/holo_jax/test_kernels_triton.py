@@ -11,7 +11,7 @@ from holo_jax import kernels
 from holo_jax.functional import MemoryState, accumulate
 from holo_jax.kernels import BackendUnavailableError, triton
 from holo_jax.kernels.call import Call
-from holo_jax.kernels.triton_hadamard import Tiling
+from holo_jax.kernels.triton_program import Tiling
 
 B, H, D = 2, 2, 32
 SMALL = Tiling(rows=4, steps=2, channels=32)

@@ -1,0 +1,192 @@
+"""What the Triton kernels share: how a call is cut; loads, stores, sines and sums of one program."""
+
+import math
+import struct
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from holo_jax.array_types import Array
+from holo_jax.kernels.phasor_features import HIGH, LOW, sin_cos_reduced
+
+Pair = tuple[Array, Array]
+_TURNS = 1.0 / (2.0 * math.pi)
+
+
+def _literal(x: float) -> str:
+    return "0f" + struct.pack(">f", x).hex().upper()
+
+
+# The reduction of phasor_features; adding and taking away 1.5 * 2^23 rounds to the nearest integer.
+_REDUCE = f"""{{
+    .reg .f32 n, r;
+    fma.rn.f32 n, $1, {_literal(_TURNS)}, {_literal(12582912.0)};
+    sub.rn.f32 n, n, {_literal(12582912.0)};
+    fma.rn.f32 r, n, {_literal(-HIGH)}, $1;
+    fma.rn.f32 $0, n, {_literal(-LOW)}, r;
+}}"""
+
+
+class Tiling(NamedTuple):
+    """Shape of a program; the results differ by rounding only.
+
+    Attributes:
+      rows: runs of consecutive positions in a tile.
+      steps: positions of a run.
+      channels: channels of a program; divides the channels of a head.
+      warps: warps of a program.
+      stages: depth of the compiler's own load pipeline.
+      approximate: the hardware's sine and cosine (error 7e-7 after the reduction) in place of polynomials.
+    """
+
+    rows: int = 8
+    steps: int = 8
+    channels: int = 64
+    warps: int = 4
+    stages: int = 1
+    approximate: bool = True
+
+    @property
+    def length(self) -> int:
+        """Positions of a tile."""
+        return self.rows * self.steps
+
+
+class Plan(NamedTuple):
+    """Everything static about a call.
+
+    Attributes:
+      tiling: shape of a program.
+      time: positions of a row.
+      tiles: tiles of a piece.
+      pieces: pieces of a row.
+      heads: heads, over which the channels are spread.
+      interpret: run in Pallas' interpreter (any platform, slow).
+      skipped: pieces at the beginning of a row that no program takes.
+      taken: pieces that programs take; all if None.
+    """
+
+    tiling: Tiling
+    time: int
+    tiles: int
+    pieces: int
+    heads: int
+    interpret: bool
+    skipped: int = 0
+    taken: int | None = None
+
+    @property
+    def padded(self) -> int:
+        """Positions of all pieces together."""
+        return self.pieces * self.tiles * self.tiling.length
+
+
+def sin_cos(phases: Array, approximate: bool) -> tuple[Array, Array]:
+    """Sine and cosine of float32 phases, within 7e-7 for |phase| up to 1e4."""
+    if not approximate:
+        return sin_cos_reduced(phases, jnp.floor(phases * _TURNS + 0.5))
+    reduced = _instruction(_REDUCE, phases)
+    return _instruction("sin.approx.f32 $0, $1;", reduced), _instruction("cos.approx.f32 $0, $1;", reduced)
+
+
+def _instruction(text: str, x: Array) -> Array:
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    (result,) = plgpu.elementwise_inline_asm(
+        text, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape]
+    )
+    return result
+
+
+def combine(mask: Array, totals: Array) -> Array:
+    """``mask @ totals`` as a sum: a product's layout of registers would spread to everything around it."""
+    return jnp.sum(jnp.where(mask[:, :, None], totals[None], 0.0), axis=1)
+
+
+class Program:
+    """Where one program is in the arrays: its row, piece and channels; loads and stores there."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        tiling = plan.tiling
+        self.piece, self.row = pl.program_id(1) + plan.skipped, pl.program_id(2)
+        self.column = pl.program_id(0)
+        self.first = self.column * tiling.channels
+        # Indices are arrays throughout: masked loads take either slices or arrays, and rows need masks.
+        self.columns = self.first + jax.lax.iota(jnp.int32, tiling.channels)
+        self.slots = jax.lax.iota(jnp.int32, tiling.rows)
+        self.masked = plan.padded != plan.time
+
+    def times(self, start: Array, step: int) -> Array:
+        """Positions of all rows at one step of the tile that begins at ``start``."""
+        return start + self.slots * self.plan.tiling.steps + step
+
+    def block(self, times: Array) -> tuple[Array, Array]:
+        """Indices of ``[rows, channels]``."""
+        shape = (self.plan.tiling.rows, self.plan.tiling.channels)
+        return jnp.broadcast_to(times[:, None], shape), jnp.broadcast_to(self.columns[None, :], shape)
+
+    def load(self, ref: Any, times: Array) -> Array:
+        """``[rows, channels]`` in float32, 0 past the end."""
+        row = 0 if ref.shape[0] == 1 else self.row
+        return self._masked(ref.at[row, *self.block(times)], times, 2)
+
+    def gate(self, ref: Any, times: Array, width: int) -> Array:
+        """``[rows, 1]``: the gate of the program's head."""
+        head = self.first // width
+        return self._masked(ref.at[self.row, times, head], times, 1)[:, None]
+
+    def _masked(self, view: Any, times: Array, ndim: int) -> Array:
+        if not self.masked:
+            return plgpu.load(view).astype(jnp.float32)
+        inside = times < self.plan.time
+        inside = jnp.broadcast_to(inside[:, None], view.shape) if ndim == 2 else inside
+        return plgpu.load(view, mask=inside, other=0.0).astype(jnp.float32)
+
+    def store(self, ref: Any, times: Array, values: Array) -> None:
+        """``[rows, channels]`` in the dtype of the array; nothing past the end."""
+        inside = None
+        if self.masked:
+            inside = jnp.broadcast_to((times < self.plan.time)[:, None], values.shape)
+        plgpu.store(ref.at[self.row, *self.block(times)], values.astype(ref.dtype), mask=inside)
+
+    def store_rows(self, ref: Any, times: Array, values: Array) -> None:
+        """One number a row, in the column of this program."""
+        inside = times < self.plan.time if self.masked else None
+        plgpu.store(ref.at[self.row, times, self.column], values, mask=inside)
+
+    def run(self, ref: Any, times: Array) -> Array:
+        """Run indices at positions -1 to ``padded``, where the array starts at position -1."""
+        return plgpu.load(ref.at[self.row, times + 1])
+
+    def vector(self, ref: Any, index: Array) -> Array:
+        """``[channels]`` at one index."""
+        return plgpu.load(ref.at[self.row, index, self.columns])
+
+    def put_vector(self, ref: Any, index: Array, values: Array) -> None:
+        """Stores ``[channels]`` at one index."""
+        plgpu.store(ref.at[self.row, index, self.columns], values)
+
+
+def where(mask: Array | None, x: Array) -> Array:
+    """``x`` where the mask holds, else 0; ``x`` itself without a mask."""
+    return x if mask is None else jnp.where(mask, x, 0.0)
+
+
+def scan(keys: list[Pair], written: list[Array], same: list[Any]) -> list[Pair]:
+    """Sums of ``written * key`` along the steps of every row; ``same[u]``: step u continues step u - 1."""
+    sums: list[Pair] = []
+    for step, ((sine, cosine), value) in enumerate(zip(keys, written, strict=True)):
+        real, imag = value * cosine, value * sine
+        if step:
+            real += where(same[step], sums[-1][0])
+            imag += where(same[step], sums[-1][1])
+        sums.append((real, imag))
+    return sums
+
+
+def equal(x: Array, y: Array) -> Array:
+    """``x == y`` by row, to select from ``[rows, channels]``."""
+    return (x == y)[:, None]
