@@ -187,6 +187,14 @@ def run_model(name: str, settings: Settings, reporter: Reporter, tests: dict, ke
         check_control(name, settings, reporter)
 
 
+def _host() -> jax.Device:
+    """The CPU, or the default device of a process that was given no other platform."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return jax.local_devices()[0]
+
+
 def check_control(name: str, settings: Settings, reporter: Reporter) -> None:
     """Fails the run's control if attention stays below ``control_from`` at a trained length."""
     for value in reporter.values:
@@ -204,9 +212,11 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     """Trains and tests the selected models."""
     test_key = jax.random.key(2**31 - 1)
     tests = {}
-    for number, (length, pairs) in enumerate(settings.test):
-        make = jax.jit(functools.partial(test_batches, settings=settings, length=length, pairs=pairs))
-        tests[length, pairs] = make(jax.random.fold_in(test_key, number))
+    # On the host, where a program as small as this one is compiled in no time.
+    with jax.default_device(_host()):
+        for number, (length, pairs) in enumerate(settings.test):
+            make = jax.jit(functools.partial(test_batches, settings=settings, length=length, pairs=pairs))
+            tests[length, pairs] = jax.tree.map(np.asarray, make(jax.random.fold_in(test_key, number)))
     reporter.steps.expect(len(settings.select) * (settings.grid.steps + len(settings.test)))
     for name in settings.select:
         try:

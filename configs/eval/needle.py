@@ -24,13 +24,18 @@ _VARIANTS = {
         },
         select=("attention", "holo_4k", "holo_sum_4k", "ssm_4k", "dual_4k", "seed_4k"),
         shared=dict(
-            vocab_size=512, hidden_size=128, num_hidden_layers=2, head_dim=64, memory_backend="ensemble"
+            vocab_size=512,
+            hidden_size=128,
+            num_hidden_layers=2,
+            head_dim=64,
+            memory_backend="ensemble",
+            tie_embeddings=True,
         ),
         storage="bfloat16",
         kinds=128,  # keys, and values
         filler_from=258,  # first id of the filler: 258 keeps keys and values out of it, 2 lets them in
         # (length, sequences a step), packed into rows of `width`; depths uniform
-        train=((64, 96), (128, 16), (256, 16)),
+        train=((64, 64), (128, 8), (256, 8)),
         width=256,
         lengths=(256, 1024, 4096, 16_384, 65_536),
         depths=(0.0, 0.25, 0.5, 0.75, 1.0),
@@ -39,13 +44,13 @@ _VARIANTS = {
         forward_rows=8,  # rows at a time of models read in one pass (attention)
         grid=dict(
             seeds=(0, 1, 2),
-            rates=(1e-3, 3e-3, 1e-2),
+            rates=(1e-3, 3e-3),
             steps=2000,
             warmup=0.1,
             weight_decay=0.1,
             clip=1.0,
             b2=0.98,
-            log_every=200,
+            log_every=500,
         ),
         control_from=0.99,
     ),

@@ -113,15 +113,15 @@ def test_with_one_the_kernel_is_given_the_merged_batch(monkeypatch):
 
 @pytest.mark.skipif(hopper.missing() is not None, reason="needs the Hopper kernels")
 @pytest.mark.parametrize("erases", [True, False])
-def test_hopper_under_vmap_has_the_values_and_gradients_of_the_portable_form(erases):
+def test_hopper_under_vmap_is_the_kernel_of_each_member(erases):
     keys = jax.random.split(jax.random.key(0), 5)
-    shape = (2, 3, 4, 256, 2)  # seeds, rates, rows, time, heads
+    shape = (2, 2, 128, 2)  # members, rows, time, heads
     write, read = (jax.random.normal(k, (*shape, 32)) for k in keys[:2])
     values = jax.random.normal(keys[2], (*shape, 64)).astype(jnp.bfloat16)
     gates, share = jax.nn.sigmoid(jax.random.normal(keys[3], (2, *shape)))
-    segments = jnp.cumsum(jax.random.bernoulli(keys[4], 0.02, shape[2:4]), axis=1).astype(jnp.int32)
+    segments = jnp.cumsum(jax.random.bernoulli(keys[4], 0.02, shape[1:3]), axis=1).astype(jnp.int32)
 
-    def grid(backend):
+    def member(backend, write, read, values, gates, share):
         def loss(write, read, values, gates, share):
             erase = gates * share if erases else None
             outputs, _ = kernels.accumulate(
@@ -129,11 +129,15 @@ def test_hopper_under_vmap_has_the_values_and_gradients_of_the_portable_form(era
             )
             return jnp.sum(jnp.sin(outputs)), outputs
 
-        member = jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)
-        return jax.jit(jax.vmap(jax.vmap(member)))(write, read, values, gates, share)
+        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)(
+            write, read, values, gates, share
+        )
 
-    (_, found), found_gradients = grid("ensemble")
-    (_, wanted), wanted_gradients = grid("portable")
-    for x, y in zip((found, *found_gradients), (wanted, *wanted_gradients), strict=True):
-        x, y = (np.asarray(a, np.float64) for a in (x, y))
-        assert np.linalg.norm(x - y) < 0.03 * np.linalg.norm(y)
+    inputs = (write, read, values, gates, share)
+    found = jax.jit(jax.vmap(lambda *x: member("ensemble", *x)))(*inputs)
+    alone = jax.jit(lambda *x: member("hopper", *x))
+    for index in range(shape[0]):
+        wanted = alone(*(x[index] for x in inputs))
+        for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            x, y = np.asarray(x[index], np.float64), np.asarray(y, np.float64)
+            assert np.linalg.norm(x - y) <= 1e-3 * np.linalg.norm(y)
