@@ -113,9 +113,6 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             reporter.note(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
             continue
-    blocks_sound = block_gate.run(reporter, seed=settings.seed)
-    passed = gate.run(reporter, usable, seed=settings.seed, workers=settings.workers)
-    save(reporter)
     ceilings = floors.measure(
         reporter,
         copy_bytes=settings.copy_bytes,
@@ -125,51 +122,67 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     )
     save(reporter)
     size = Size(settings.layers, settings.width, settings.vocab)
-    if "peers" in settings.parts:
-        peers.run(
+    with peers.Peers(
+        reporter,
+        [peers.parse_peer(text) for text in settings.peers if "peers" in settings.parts],
+        size,
+        settings.tokens,
+        ceilings,
+        samples=settings.train_samples,
+        least_seconds=settings.least_seconds,
+    ) as others:
+        # The peers compile meanwhile; nothing is timed before they have been.
+        blocks_sound = block_gate.run(reporter, seed=settings.seed)
+        passed = gate.run(reporter, usable, seed=settings.seed, workers=settings.workers)
+        save(reporter)
+        # What a model may use must have passed: all that "auto" picks from, and what a variant names.
+        texts = (*settings.mixers, *settings.train, *settings.profile)
+        serving = {parse_variant(text).backend for text in texts} | {"portable", *kernels.AUTOMATIC}
+        needed = {(name, x) for name, bindings in usable.items() if name in serving for x in bindings}
+        sound = blocks_sound and needed <= passed
+        if not sound:
+            reporter.note("something failed the gate, so mixer and train step are not timed")
+        ours(reporter, settings, size, ceilings, usable, passed, sound, others)
+
+
+def ours(
+    reporter: Reporter,
+    settings: Settings,
+    size: Size,
+    ceilings: floors.Ceilings,
+    usable: dict[str, tuple[str, ...]],
+    passed: set[tuple[str, str]],
+    sound: bool,
+    others: peers.Peers,
+) -> None:
+    """The chosen parts; first the step, whose programs compile while the peers do, then the peers' turn."""
+    options = dict(workers=settings.workers, least_seconds=settings.least_seconds)
+    if "train" in settings.parts and sound:
+        train_step.run(
             reporter,
-            [peers.parse_peer(text) for text in settings.peers],
+            [parse_variant(text) for text in settings.train],
             size,
             settings.tokens,
             ceilings,
             samples=settings.train_samples,
-            least_seconds=settings.least_seconds,
+            profiled=[parse_variant(text) for text in settings.profile],
+            before=others.measure,
+            **options,
         )
         save(reporter)
-    options = dict(workers=settings.workers, least_seconds=settings.least_seconds)
+    others.measure()
+    save(reporter)
     if "memory_op" in settings.parts:
         ops = memory_ops(settings, tuple(usable))
         memory_op.run(
             reporter, ops, passed, ceilings, seed=settings.seed, samples=settings.samples, **options
         )
         save(reporter)
-    # What a model may use must have passed: all that "auto" picks from, and what a variant names.
-    named = {parse_variant(text).backend for text in (*settings.mixers, *settings.train, *settings.profile)}
-    serving = named | {"portable", *kernels.AUTOMATIC}
-    needed = {(name, x) for name, bindings in usable.items() if name in serving for x in bindings}
-    sound = blocks_sound and needed <= passed
-    if not sound:
-        reporter.note("something failed the gate, so mixer and train step are not timed")
-        return
-    if "mixer" in settings.parts:
+    if "mixer" in settings.parts and sound:
         variants = [parse_variant(text) for text in settings.mixers]
         mixer.run(reporter, variants, size, settings.tokens, ceilings, samples=settings.samples, **options)
         save(reporter)
-    if "train" in settings.parts:
-        variants = [parse_variant(text) for text in settings.train]
-        profiled = [parse_variant(text) for text in settings.profile]
-        train_step.run(
-            reporter,
-            variants,
-            size,
-            settings.tokens,
-            ceilings,
-            samples=settings.train_samples,
-            profiled=profiled,
-            **options,
-        )
-        save(reporter)
-    if "inference" in settings.parts:
+    if "inference" in settings.parts and sound:
         inference(reporter, settings, size, ceilings)
 
 

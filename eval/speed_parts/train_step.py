@@ -1,7 +1,7 @@
 """The whole train step: forward, loss, backward, AdamW; tokens a second and the bytes it needs, by length."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -95,8 +95,11 @@ def run(
     samples: int,
     least_seconds: float,
     profiled: Sequence[Variant] = (),
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Compiles all variants, then times one after the other; memory is reported also for what does not fit.
+
+    ``before`` is called once, after compiling and before anything is timed.
 
     ``profiled`` variants also report their largest kernels.
     """
@@ -113,7 +116,9 @@ def run(
         lower = lambda f=step, s=state, x=inputs: jax.jit(f, donate_argnums=0).lower(s, x)  # noqa: E731
         jobs.append(Job(where, lower, variant.options))
         plans.append((variant, config, init))
-    for built, (variant, config, init) in zip(compile_all(jobs, workers), plans, strict=True):
+    programs = compile_all(jobs, workers)
+    before()
+    for built, (variant, config, init) in zip(programs, plans, strict=True):
         where = built.job.where
         if built.program is None:
             reporter.add(*missing(METRICS, built, "compilation"))

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib.util
+import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -137,11 +139,12 @@ def test_quick_run(monkeypatch, tmp_path, capsys):
     assert "tokens/s" in (tmp_path / "table.md").read_text()
 
 
-def test_peers_without_pytorch_are_unavailable(tmp_path):
+@pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
+def test_peers_without_pytorch_are_unavailable():
     reporter = Reporter("speed", settings(), (0,), out=None, command="test")
-    peers.run(
-        reporter, [peers.parse_peer("llama@2048")], SMALL, 4096, CEILINGS, samples=1, least_seconds=0.01
-    )
+    asked = [peers.parse_peer("llama@2048")]
+    with peers.Peers(reporter, asked, SMALL, 4096, CEILINGS, samples=1, least_seconds=0.01) as others:
+        others.measure()
     assert {v.status for v in reporter.values} == {"unavailable"}
     assert "torch is not installed" in reporter.values[0].detail
     for text in ("llama", "llama@0", "mamba@2048"):
@@ -149,8 +152,8 @@ def test_peers_without_pytorch_are_unavailable(tmp_path):
             peers.parse_peer(text)
 
 
-def test_answers_of_peers_become_values_and_curves(monkeypatch, tmp_path):
-    """A peer that measures, one that runs out of memory and one that dies, beside our step."""
+def test_answers_of_peers_become_values_and_curves(monkeypatch):
+    """A peer that measures, one out of memory before its turn and one that dies, beside our step."""
     answers = {
         "llama": {
             "seconds": [0.1, 0.11],
@@ -165,10 +168,22 @@ def test_answers_of_peers_become_values_and_curves(monkeypatch, tmp_path):
         "seed_eager": {"status": "failed", "detail": "boom"},
     }
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(peers, "_in_a_process", lambda request: answers[request["model"]])
+    script = "import json, sys; print('ready', flush=True); sys.stdin.readline(); print(sys.argv[1])"
+
+    def start(request):
+        answer, code = answers[request["model"]], script
+        if request["model"] == "seed":
+            code = "import sys; print(sys.argv[1])"
+        if request["model"] == "seed_eager":
+            code = "raise SystemExit('boom')"
+        return peers.launch([sys.executable, "-c", code, json.dumps(answer)])
+
+    monkeypatch.setattr(peers, "_start", start)
     reporter = Reporter("speed", settings(), (0,), out=None, command="test")
     asked = [peers.parse_peer(f"{name}@2048") for name in answers]
-    peers.run(reporter, asked, SMALL, 4096, CEILINGS, samples=2, least_seconds=0.01)
+    with peers.Peers(reporter, asked, SMALL, 4096, CEILINGS, samples=2, least_seconds=0.01) as others:
+        others.measure()
+        others.measure()
     ours = {"part": "train", **parse_variant("holo@2048").where}
     reporter.add(timing.median("tokens_per_second", [80_000.0], ours))
     reporter.add(exact("peak_gib", 1.0, **ours))

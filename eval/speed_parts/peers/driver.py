@@ -1,4 +1,4 @@
-"""Starts the PyTorch peers, one process after the other, while this process leaves the device alone."""
+"""PyTorch peers as processes: they compile beside this one and are timed while it leaves the device alone."""
 
 import dataclasses
 import importlib.util
@@ -7,14 +7,17 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from eval.common import Reporter
 from eval.results import absent, exact
 from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.models import Size
-from eval.speed_parts.timing import failure, median, say
+from eval.speed_parts.timing import median, say
 
 # What each needs beside PyTorch, whether it is compiled, and whether its attention's operations count.
 _PEERS = {
@@ -27,6 +30,7 @@ _PEERS = {
 }
 METRICS = ("tokens_per_second", "milliseconds", "peak_gib")
 _TIMEOUT = 600
+_AT_A_TIME = 2  # that warm up, which needs the memory of a whole step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,51 +55,107 @@ def parse_peer(text: str) -> Peer:
     return Peer(match[1], int(match[2]))
 
 
-def run(
-    reporter: Reporter,
-    peers: Sequence[Peer],
-    size: Size,
-    tokens: int,
-    ceilings: Ceilings,
-    *,
-    samples: int,
-    least_seconds: float,
-) -> None:
-    """Measures the peers whose packages are installed; the others are recorded as unavailable."""
-    for peer in peers:
-        package, compiled, _ = _PEERS[peer.name]
-        batch = max(1, tokens // peer.length)
-        where = {"part": "peers", "model": peer.name, "length": peer.length, "batch": batch}
-        lacking = [name for name in ("torch", package) if importlib.util.find_spec(name) is None]
-        if lacking:
-            detail = f"{lacking[0]} is not installed"
-            reporter.add(*(absent(metric, "unavailable", detail=detail, **where) for metric in METRICS))
-            continue
-        request = {
-            "model": peer.name,
-            "length": peer.length,
-            "batch": batch,
-            **dataclasses.asdict(size),
-            "samples": samples,
-            "seconds": max(least_seconds, 0.05),
-            "compiled": compiled,
-        }
-        answer = _in_a_process(request)
-        say(f"{peer.name}@{peer.length}: {answer}")
-        _report(reporter, peer, answer, where, size, ceilings)
+class Peers:
+    """Peers as processes that compile while this one does, and are timed in turn while it waits.
+
+    Use as a context: processes that were not measured are ended at its end.
+    """
+
+    def __init__(
+        self,
+        reporter: Reporter,
+        peers: Sequence[Peer],
+        size: Size,
+        tokens: int,
+        ceilings: Ceilings,
+        *,
+        samples: int,
+        least_seconds: float,
+    ) -> None:
+        self.reporter, self.size, self.ceilings = reporter, size, ceilings
+        self.waiting: list[tuple[Peer, dict[str, Any], subprocess.Popen]] = []
+        self.directory = tempfile.TemporaryDirectory()
+        self.locks = [Path(self.directory.name, f"lock{index}") for index in range(_AT_A_TIME)]
+        for lock in self.locks:
+            lock.touch()
+        for peer in peers:
+            package, compiled, _ = _PEERS[peer.name]
+            batch = max(1, tokens // peer.length)
+            where = {"part": "peers", "model": peer.name, "length": peer.length, "batch": batch}
+            lacking = [name for name in ("torch", package) if importlib.util.find_spec(name) is None]
+            if lacking:
+                detail = f"{lacking[0]} is not installed"
+                reporter.add(*(absent(metric, "unavailable", detail=detail, **where) for metric in METRICS))
+                continue
+            request = {
+                "model": peer.name,
+                "length": peer.length,
+                "batch": batch,
+                **dataclasses.asdict(size),
+                "samples": samples,
+                "seconds": max(least_seconds, 0.05),
+                "compiled": compiled,
+                "lock": str(self.locks[len(self.waiting) % _AT_A_TIME]),
+            }
+            self.waiting.append((peer, where, _start(request)))
+
+    def __enter__(self) -> "Peers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for _, _, process in self.waiting:
+            process.kill()
+            process.wait()
+        self.directory.cleanup()
+
+    def measure(self) -> None:
+        """Waits until all have compiled, then times one after the other; does nothing the second time."""
+        said = [_line(process) for _, _, process in self.waiting]
+        for line in said:
+            peer, where, process = self.waiting.pop(0)
+            answer = _answer(process, line)
+            say(f"{peer.name}@{peer.length}: {answer}")
+            _report(self.reporter, peer, answer, where, self.size, self.ceilings)
 
 
-def _in_a_process(request: dict[str, Any]) -> dict[str, Any]:
+def _start(request: dict[str, Any]) -> subprocess.Popen:
     command = [sys.executable, "-m", "eval.speed_parts.peers.torch_step", json.dumps(request)]
+    return launch(command)
+
+
+def launch(command: list[str]) -> subprocess.Popen:
+    """A process whose lines are read and written one by one; its errors go to ``process.errors``, a file."""
     # A caching allocator that splits its blocks would report more than the step needs at long rows.
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=errors)
+    process.errors = errors
+    return process
+
+
+def _line(process: subprocess.Popen) -> str:
+    """The next line, or nothing if the process ends or takes too long (and is then ended)."""
+    timer = threading.Timer(_TIMEOUT, process.kill)
+    timer.start()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT, env=environment)
-    except subprocess.TimeoutExpired as error:
-        return {"status": "failed", "detail": failure(error)[1]}
-    if done.returncode or not done.stdout.strip():
-        return {"status": "failed", "detail": (done.stderr.strip().splitlines() or ["no message"])[-1][-300:]}
-    return json.loads(done.stdout.splitlines()[-1])
+        return process.stdout.readline().strip()
+    finally:
+        timer.cancel()
+
+
+def _answer(process: subprocess.Popen, line: str) -> dict[str, Any]:
+    """Lets a peer that said it is ready measure; what it printed, or the last line of its errors."""
+    if line == "ready":
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        line = _line(process)
+    process.wait(_TIMEOUT)
+    if line.startswith("{"):
+        return json.loads(line)
+    process.errors.seek(0)
+    last = (process.errors.read().strip().splitlines() or ["no message"])[-1]
+    return {"status": "failed", "detail": last[-300:]}
 
 
 def _report(

@@ -2,13 +2,16 @@
 
     python -m eval.speed_parts.peers.torch_step '{"model": "llama", "length": 2048, ...}'
 
-prints one JSON object. Products run in bfloat16 by autocast over float32 parameters, as in ours.
+compiles and warms up under the lock ``lock``, prints "ready", waits for a line on standard input (or its
+end), and prints one JSON object. Products run in bfloat16 by autocast over float32 parameters, as in ours.
 """
 
 import contextlib
+import fcntl
 import json
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -57,6 +60,8 @@ def measure(
     samples: int,
     seconds: float,
     compiled: bool,
+    lock: str = "/dev/null",
+    ready: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Seconds of a step (``samples`` of them, each over about ``seconds``) and peak bytes of the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,10 +73,15 @@ def measure(
     backend = _ATTENTION.get(model) if device == "cuda" else None
     only = contextlib.nullcontext() if backend is None else sdpa_kernel(backend)
     with only:
-        start = time.perf_counter()
-        step(inputs[0])
-        wait()
-        compile_seconds = time.perf_counter() - start
+        with open(lock) as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            start = time.perf_counter()
+            step(inputs[0])
+            wait()
+            compile_seconds = time.perf_counter() - start
+            if device == "cuda":
+                torch.cuda.empty_cache()
+        ready()
         for tokens in inputs[1:3]:
             step(tokens)
         wait()
@@ -99,8 +109,13 @@ def measure(
     }
 
 
+def _wait_for_turn() -> None:
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
 if __name__ == "__main__":
     try:
-        print(json.dumps(measure(**json.loads(sys.argv[1]))))
+        print(json.dumps(measure(**json.loads(sys.argv[1]), ready=_wait_for_turn)))
     except torch.OutOfMemoryError as error:
         print(json.dumps({"status": "oom", "detail": str(error).splitlines()[0]}))
