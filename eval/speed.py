@@ -191,8 +191,7 @@ def inference(reporter: Reporter, settings: Settings, size: Size, ceilings: floo
     dtype = "bfloat16"
     reading.run(reporter, size, dtype, settings.lengths, settings.piece, settings.seed)
     save(reporter)
-    decoding.run(
-        reporter,
+    planned = decoding.plan(
         settings.decoders,
         size,
         activations=dtype,
@@ -200,11 +199,9 @@ def inference(reporter: Reporter, settings: Settings, size: Size, ceilings: floo
         contexts=settings.contexts,
         steps=settings.steps,
         single_steps=False,
-        samples=settings.samples,
-        ceilings=ceilings,
-        workers=settings.workers,
         seed=settings.seed,
     )
+    decoding.run(reporter, planned, samples=settings.samples, ceilings=ceilings, workers=settings.workers)
 
 
 def save(reporter: Reporter) -> None:

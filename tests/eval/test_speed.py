@@ -231,3 +231,13 @@ def test_denoiser_and_loss_are_gated(monkeypatch):
     monkeypatch.setattr(block_gate, "swiglu", lambda *a: 1.04 * right(*a))
     reporter = Reporter("speed", settings(), (0,), out=None, command="test")
     assert not block_gate.run(reporter, seed=0) and len(reporter.failed_controls) == 1
+
+
+@pytest.mark.slow
+def test_inference_part_runs(monkeypatch):
+    """Reading is replaced (a process of its own, tested with ``eval.inference``); decoding is measured."""
+    monkeypatch.setattr(speed.reading, "run", lambda *arguments: None)
+    chosen = settings(layers=1, vocab=64, samples=1)
+    reporter = Reporter("speed", chosen, (0,), out=None, command="test")
+    speed.inference(reporter, chosen, Size(chosen.layers, chosen.width, chosen.vocab), CEILINGS)
+    assert reporter.results().one("tokens_per_second", part="decoding", model="holo").value > 0
