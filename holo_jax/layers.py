@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from holo_jax import kernels
-from holo_jax.array_types import Array, Float
+from holo_jax.array_types import Array, Float, Int
 from holo_jax.config import HoloConfig
+from holo_jax.parallel import layout, sharded, tensor_axis
 
 Axes = tuple[str | None, ...]
 
@@ -155,7 +157,9 @@ class Denoiser(nnx.Module):
         """Applies the denoiser."""
         if self.gate is not None and getattr(self, "joined", None) is None:
             weights = (layer.weight[...] for layer in (self.gate, self.up, self.down))
-            return kernels.swiglu(x.astype(self.down.storage), *weights, backend=self.backend)
+            spread, joined = layout("_ h"), layout("h _")
+            own = sharded(self._gated, (layout("b t"), spread, spread, joined), layout("b t"))
+            return own(x.astype(self.down.storage), *weights)
         results = project(self, x, self.maps)
         hidden = results["up"]
         if self.gate is not None:
@@ -163,6 +167,26 @@ class Denoiser(nnx.Module):
         elif self.kind == "gelu":
             hidden = jax.nn.gelu(hidden, approximate=False)
         return self.down(hidden)
+
+    def _gated(self, x: Array, gate: Array, up: Array, down: Array) -> Array:
+        y = kernels.swiglu(x, gate, up, down, backend=self.backend)
+        axis = tensor_axis()
+        return y if axis is None else lax.psum(y, axis)
+
+
+def lookup(table: Float[Array, "v e"], ids: Int[Array, "b t"], dtype: str) -> Float[Array, "b t e"]:
+    """Rows of an embedding table in ``dtype``; on a mesh each device looks in its part of the vocabulary."""
+
+    def own(table: Array, ids: Array) -> Array:
+        axis = tensor_axis()
+        if axis is None:
+            return table[ids].astype(dtype)
+        ids = ids - lax.axis_index(axis) * table.shape[0]
+        here = (ids >= 0) & (ids < table.shape[0])
+        found = table[jnp.where(here, ids, 0)].astype(dtype)
+        return lax.psum(jnp.where(here[..., None], found, jnp.zeros((), dtype)), axis)
+
+    return sharded(own, (layout("h"), layout("b t")), layout("b t"))(table, ids)
 
 
 def residual_std(config: HoloConfig, fan_in: int) -> float:

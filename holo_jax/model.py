@@ -11,9 +11,15 @@ from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import generate_multiscale_phasors, generate_random_phasors
 from holo_jax.functional.cross_entropy import next_token_targets
-from holo_jax.layers import Denoiser, Linear, Normalization, embedding_std, parameter
+from holo_jax.layers import Denoiser, Linear, Normalization, embedding_std, lookup, parameter
 from holo_jax.mixers import MIXERS, Context
-from holo_jax.sequence import leading_padding, segment_positions, segment_starts
+from holo_jax.parallel import SEQ, ambient_mesh, check_divides, constrain, layout, sharded
+from holo_jax.sequence import (
+    leading_padding,
+    positions_in_segments,
+    segment_positions,
+    segment_starts,
+)
 
 _KERNEL_PRIMITIVES = frozenset(
     ("pallas_call", "mpmd_map", "custom_vmap_call", "dot_product_attention_fwd_wrapper")
@@ -74,9 +80,9 @@ class Block(nnx.Module):
     def __call__(self, x: Array, context: Context, turns: Array | None, state: Any) -> tuple[Array, Any]:
         """One block on [b, t, e]; the state of its mixer in and out."""
         mixed, state = self.mixer(self.mixer_norm(x), context, turns, state)
-        x = x + mixed
+        x = constrain(x + mixed, "b t _")
         if self.has_mlp:
-            x = x + self.mlp(self.mlp_norm(x))
+            x = constrain(x + self.mlp(self.mlp_norm(x)), "b t _")
         return x, state
 
 
@@ -131,10 +137,15 @@ class HoloModel(nnx.Module):
             or everywhere without ids. Padding at the beginning of a row leaves the state as it is, so
             rows of different lengths, or none at all, are read in one call by padding on the left.
           turns: ``positional_turns(config)`` of a caller that keeps them over many calls.
+
+        Raises:
+          ValueError: if rows or tokens do not divide over the ambient mesh (``holo_jax.parallel``), or for
+            ``state`` together with ``segment_ids`` where a sequence is divided over devices.
         """
         config = self.config
+        check_divides(*input_ids.shape)
         context, state_after = _context(input_ids, segment_ids, state)
-        x = self.embedding[...][input_ids].astype(config.precision.storage)
+        x = lookup(self.embedding[...], input_ids, config.precision.storage)
         if config.tie_embeddings:
             x = x / jnp.asarray(embedding_std(config), x.dtype)
         turns = positional_turns(config) if turns is None else turns
@@ -331,8 +342,14 @@ def _context(
             return Context(index), None
         context = Context(index + state.position[:, None], segment=state.segment)
         return context, ModelState((), state.position + jnp.uint32(t), state.segment)
+    mesh = ambient_mesh()
     if state is None:
-        return Context(segment_positions(segment_starts(segment_ids)), segment_ids), None
+        inside = sharded(positions_in_segments, (layout("b t"),), layout("b t"))(segment_ids)
+        return Context(inside, segment_ids), None
+    if mesh is not None and mesh.shape[SEQ] > 1:
+        raise ValueError(
+            f"segment_ids are given with a state on a mesh with seq = {mesh.shape[SEQ]}; one must be None"
+        )
     padding = leading_padding(segment_ids)
     first = jnp.take_along_axis(segment_ids, jnp.minimum(padding, t - 1)[:, None], axis=1)[:, 0]
     first = jnp.where(padding < t, first.astype(jnp.int32), state.segment)

@@ -1,4 +1,8 @@
-"""Bookkeeping of packed and continued sequences: positions inside segments, shifted taps."""
+"""Bookkeeping of packed, continued and divided sequences: positions inside segments, shifted taps.
+
+Where a sequence is divided over devices, a device goes on from what the ones before it leave: the last id and
+position, and the last inputs that a convolution still needs. That is all that crosses a border of devices.
+"""
 
 from typing import Any
 
@@ -8,6 +12,7 @@ from jax import lax
 
 from holo_jax.array_types import Array, Bool, Float, Int, UInt32
 from holo_jax.functional.varying import vary_together
+from holo_jax.parallel import sequence_axis
 
 
 def segment_starts(
@@ -139,3 +144,56 @@ def _convolve_bwd(saved: Any, cotangents: tuple[Array, ...]) -> tuple[Array, tup
 
 
 _convolve.defvjp(_convolve_fwd, _convolve_bwd)
+
+
+def positions_in_segments(segment_ids: Int[Array, "b t"]) -> UInt32[Array, "b t"]:
+    """Position of each token inside its segment; the ids may be a device's part of the sequence."""
+    axis = sequence_axis()
+    if axis is None:
+        return segment_positions(segment_starts(segment_ids))
+    first = lax.axis_index(axis) == 0
+    starts = segment_starts(segment_ids, from_device_before(segment_ids[:, -1], axis))
+    starts = starts.at[:, 0].set(starts[:, 0] | first)
+    own = segment_positions(starts)
+    # Of every device: whether a segment begins in it, and how far the last segment has come at its end.
+    begins, length = lax.all_gather((jnp.any(starts, axis=1), own[:, -1] + 1), axis)
+
+    def visit(carried: Array, item: tuple[Array, Array]) -> tuple[Array, Array]:
+        has, reached = item
+        return jnp.where(has, reached, carried + reached), carried
+
+    _, offsets = lax.scan(visit, jnp.zeros_like(length[0]), (begins, length))
+    return segment_positions(starts, offsets[lax.axis_index(axis)])
+
+
+def from_device_before(x: Array, axis: str) -> Array:
+    """``x`` of the device before along a mesh axis; zeros on the first."""
+    return lax.ppermute(x, axis, [(i, i + 1) for i in range(lax.axis_size(axis) - 1)])
+
+
+def tail_before(
+    x: Float[Array, "b t f"], size: int, tail: Float[Array, "b k f"] | None
+) -> Float[Array, "b k f"] | None:
+    """The ``size`` inputs before x: ``tail``, or the last ones of the device before.
+
+    Raises:
+      ValueError: if a device has fewer inputs than that.
+    """
+    axis = sequence_axis()
+    if axis is None:
+        return tail
+    if x.shape[1] < size:
+        raise ValueError(f"a device has {x.shape[1]} tokens of each row; it must have at least {size}")
+    received = from_device_before(x[:, -size:], axis)
+    if tail is None:
+        return received
+    return jnp.where(lax.axis_index(axis) == 0, tail.astype(x.dtype), received)
+
+
+def of_last_device(x: Array) -> Array:
+    """``x`` of the device with the end of the sequence, on all that share it."""
+    axis = sequence_axis()
+    if axis is None:
+        return x
+    last = lax.axis_index(axis) == lax.axis_size(axis) - 1
+    return lax.psum(jnp.where(last, x, jnp.zeros_like(x)), axis)

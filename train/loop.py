@@ -32,7 +32,7 @@ from train.recorder import Recorder, RollbackNeeded
 from train.resume import CHECKPOINT_DIRECTORY, check_identity, restore_newest
 from train.rollback import decide_rollback
 from train.run_config import OptimizerConfig, RunConfig
-from train.sharding import batch_sharding, check_batch, make_mesh, put_batch, replicated
+from train.sharding import batch_sharding, check_batch, check_model, make_mesh, put_batch, replicated
 from train.step import StepFunctions, TrainState, make_step_functions
 from train.summary import summarize
 from train.watchdog import Watchdog
@@ -88,6 +88,8 @@ def train(
         inputs = open_inputs(config)
         check_heldout(inputs.heldout, config.eval.num_batches, config.eval.global_batch_size)
         check_batch(mesh, config.eval.global_batch_size, 1, inputs.heldout.context_length)
+        for length in (config.context_length, inputs.heldout.context_length):
+            check_model(mesh, config.model, length)
         functions, steps = build(config.model, config.optimizer, config.num_steps, mesh)
         changes = check_identity(workdir, config, inputs.identity, accept)
 

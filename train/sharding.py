@@ -1,6 +1,7 @@
-"""Where every array lives: the device mesh and the rules from logical axes to mesh axes. All of it is here.
+"""Where every array of a run lives: the device mesh and the rules from logical axes to mesh axes.
 
-The model names the axes of its parameters ("embed", "heads", ...) and knows nothing of devices.
+The model names the axes of its parameters ("embed", "heads", ...); where its activations lie is said in
+``holo_jax.parallel``, with the names of the mesh axes.
 """
 
 import math
@@ -12,19 +13,18 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from holo_jax.config import HoloConfig
+from holo_jax.parallel import BATCH_AXES, FSDP, MESH_AXES, SEQ, TENSOR
 from train.errors import MeshError
 from train.run_config import MeshConfig
-
-MESH_AXES = ("data", "fsdp", "seq", "tensor")
-BATCH_AXES = ("data", "fsdp")
 
 # Logical axis of a parameter -> mesh axis. A name missing here is an error, None is replicated.
 RULES: Mapping[str, str | None] = {
     "layers": None,
-    "embed": "fsdp",
-    "heads": "tensor",
-    "mlp": "tensor",
-    "vocab": "tensor",
+    "embed": FSDP,
+    "heads": TENSOR,
+    "mlp": TENSOR,
+    "vocab": TENSOR,
 }
 
 
@@ -69,6 +69,27 @@ def check_batch(mesh: Mesh, global_batch_size: int, accumulation_steps: int, con
         raise MeshError(f"context_length {context_length} must be a multiple of mesh.seq {mesh.shape['seq']}")
 
 
+def check_model(mesh: Mesh, model: HoloConfig, context_length: int) -> None:
+    """Checks that heads divide over the mesh, and that convolutions reach into one part of a sequence only.
+
+    Widths are checked with the parameters (``parameter_shardings``).
+
+    Raises:
+      MeshError: with the sizes that do not fit.
+    """
+    if model.num_heads % mesh.shape[TENSOR]:
+        raise MeshError(
+            f"model has {model.num_heads} heads; they must be a multiple of mesh.tensor {mesh.shape[TENSOR]}"
+        )
+    part = context_length // mesh.shape[SEQ]
+    reach = max(4 if "ssm" in model.layer_kinds else model.short_conv, model.value_conv, 2) - 1
+    if mesh.shape[SEQ] > 1 and part < reach:
+        raise MeshError(
+            f"context_length / mesh.seq = {part}; it must be at least the {reach} token(s) that a "
+            "convolution of the model reaches back"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of scalars: a copy on every device."""
     return NamedSharding(mesh, P())
@@ -76,7 +97,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The sharding of [accumulation, b, t] batches."""
-    return NamedSharding(mesh, P(None, BATCH_AXES, "seq"))
+    return NamedSharding(mesh, P(None, BATCH_AXES, SEQ))
 
 
 def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:

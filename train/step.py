@@ -1,5 +1,6 @@
 """The train state and the jitted functions on it: initialise, one optimizer step, one evaluation batch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from holo_jax.array_types import Array
+from holo_jax.parallel import on_mesh
 from train.model_functions import ModelFunctions, Params
 from train.sharding import batch_sharding, optimizer_shardings, parameter_shardings, replicated
 
@@ -112,6 +114,14 @@ def make_step_functions(
         after = TrainState(state.step + 1, params, opt_state, rng, state.skipped + skipped, run)
         return after, metrics
 
+    def on_this_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def traced(*arguments: Any) -> Any:
+            with on_mesh(mesh):
+                return function(*arguments)
+
+        return traced
+
     def evaluate(params: Params, batch: Batch) -> tuple[Array, Array]:
         key = jax.random.key(0, impl="threefry2x32")
 
@@ -129,9 +139,12 @@ def make_step_functions(
     return StepFunctions(
         init=jax.jit(init, in_shardings=whole, out_shardings=shardings),
         train=jax.jit(
-            train, in_shardings=(shardings, rows_at), out_shardings=(shardings, whole), donate_argnums=0
+            on_this_mesh(train),
+            in_shardings=(shardings, rows_at),
+            out_shardings=(shardings, whole),
+            donate_argnums=0,
         ),
-        evaluate=jax.jit(evaluate, in_shardings=(params_at, rows_at), out_shardings=whole),
+        evaluate=jax.jit(on_this_mesh(evaluate), in_shardings=(params_at, rows_at), out_shardings=whole),
         shapes=shapes,
         shardings=shardings,
     )

@@ -4,6 +4,9 @@ For hidden states h_i, output matrix W and targets y_i the summed loss is
 ``sum_i w_i (logsumexp(h_i W) - (h_i W)[y_i])``. The tokens are visited in chunks of time; the
 gradient ``(softmax(h_i W) - onehot(y_i)) w_i`` of a chunk is formed while its logits exist, so the
 logits are computed once and never stored.
+
+Where the vocabulary is divided over devices (``holo_jax.parallel.tensor_axis``), normalizers and target logits
+are summed over its parts.
 """
 
 from functools import partial
@@ -13,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from holo_jax.array_types import Array, Bool, Float, Int
+from holo_jax.parallel import layout, sequence_axis, sharded, tensor_axis
 
 IGNORE = -100
 
@@ -25,21 +29,47 @@ def next_token_targets(
     Ignored are the last position, labels equal to ``IGNORE``, and, with ``segment_ids``, targets in
     another segment than their input and targets in segment 0 (padding).
     """
-    targets = jnp.concatenate([labels[:, 1:], jnp.full_like(labels[:, :1], IGNORE)], axis=1)
+    return sharded(_targets, layout("b t"), layout("b t"))(labels, segment_ids)
+
+
+def _targets(labels: Array, segment_ids: Array | None) -> Array:
+    targets = _following(labels, IGNORE)
     if segment_ids is None:
         return targets
-    following = jnp.concatenate([segment_ids[:, 1:], jnp.zeros_like(segment_ids[:, :1])], axis=1)
+    following = _following(segment_ids, 0)
     return jnp.where((following == segment_ids) & (following != 0), targets, IGNORE)
+
+
+def _following(x: Array, end: int) -> Array:
+    """``x`` one position later, ``end`` after the last one; x may be a device's part of the sequence."""
+    after, axis = jnp.full_like(x[:, :1], end), sequence_axis()
+    if axis is not None:
+        count = lax.axis_size(axis)
+        received = lax.ppermute(x[:, :1], axis, [(i + 1, i) for i in range(count - 1)])
+        after = jnp.where(lax.axis_index(axis) == count - 1, after, received)
+    return jnp.concatenate([x[:, 1:], after], axis=1)
 
 
 def _chunk_terms(
     hidden: Float[Array, "b c e"], weights: Float[Array, "e v"], targets: Int[Array, "b c"], logits_dtype: str
-) -> tuple[Float[Array, "b c"], Float[Array, "b c v"], Float[Array, "b c"], Bool[Array, "b c"]]:
+) -> tuple[Float[Array, "b c"], Float[Array, "b c v"], Float[Array, "b c"], Bool[Array, "b c v"]]:
+    """Loss, logits, normalizer and which logit is the target; v may be a device's part of the vocabulary."""
     logits = jnp.einsum("bce,ev->bcv", hidden, weights, preferred_element_type=jnp.dtype(logits_dtype))
-    valid = targets != IGNORE
-    normalizer = jax.nn.logsumexp(logits, axis=-1)
-    picked = jnp.take_along_axis(logits, jnp.where(valid, targets, 0)[..., None], axis=-1)[..., 0]
-    return jnp.where(valid, normalizer - picked, 0), logits, normalizer, valid
+    own, axis = targets, tensor_axis()
+    if axis is None:
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+    else:
+        own = jnp.where(targets == IGNORE, IGNORE, targets - lax.axis_index(axis) * logits.shape[-1])
+        largest = lax.pmax(jnp.max(logits, axis=-1), axis)
+        summed = lax.psum(jnp.sum(jnp.exp(logits - largest[..., None]), axis=-1), axis)
+        normalizer = largest + jnp.log(summed)
+    here = (own >= 0) & (own < logits.shape[-1])
+    index = jnp.where(here, own, 0)[..., None]
+    picked = jnp.where(here, jnp.take_along_axis(logits, index, axis=-1)[..., 0], 0)
+    if axis is not None:
+        picked = lax.psum(picked, axis)
+    target = lax.broadcasted_iota(own.dtype, logits.shape, 2) == own[..., None]
+    return jnp.where(targets != IGNORE, normalizer - picked, 0), logits, normalizer, target
 
 
 def _split(array: Array, chunk: int, fill: int = 0) -> Array:
@@ -69,11 +99,9 @@ def _summed_fwd(
 
     def body(carry: tuple[Array, Array], xs: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
         total, d_weights = carry
-        loss, logits, normalizer, valid = _chunk_terms(xs[0], stored, xs[1], logits_dtype)
-        probabilities = jnp.exp(logits - normalizer[..., None])
-        vocabulary = lax.broadcasted_iota(xs[1].dtype, probabilities.shape, 2)
-        residual = probabilities - (vocabulary == xs[1][..., None])
-        d_logits = jnp.where(valid[..., None], residual, 0).astype(hidden.dtype)
+        loss, logits, normalizer, target = _chunk_terms(xs[0], stored, xs[1], logits_dtype)
+        residual = jnp.exp(logits - normalizer[..., None]) - target
+        d_logits = jnp.where((xs[1] != IGNORE)[..., None], residual, 0).astype(hidden.dtype)
         d_hidden = jnp.einsum("bcv,ev->bce", d_logits, stored)
         d_weights = d_weights + jnp.einsum(
             "bce,bcv->ev", xs[0], d_logits, preferred_element_type=d_weights.dtype
@@ -94,6 +122,10 @@ def _summed_bwd(
     chunk: int, logits_dtype: str, saved: tuple[Array, Array], cotangent: Array
 ) -> tuple[Array, Array, None]:
     d_hidden, d_weights = saved
+    axis = tensor_axis()
+    if axis is not None:
+        # Every part of the vocabulary holds the same loss: its cotangent is what all of them received.
+        cotangent = lax.psum(cotangent, axis)
     return d_hidden * cotangent.astype(d_hidden.dtype), d_weights * cotangent.astype(d_weights.dtype), None
 
 
@@ -113,7 +145,7 @@ def chunked_cross_entropy(
     Args:
       hidden: final hidden states, storage dtype.
       weights: output matrix, float32 masters; products run in the dtype of ``hidden``, the gradient
-        is accumulated and returned in float32.
+        is accumulated and returned in float32. Where ``tensor_axis`` is manual, this device's columns.
       targets: see ``next_token_targets``; ``IGNORE`` counts nothing.
       chunk_tokens: about how many tokens have logits at one time.
       logits_dtype: dtype of logits and loss.

@@ -127,3 +127,52 @@ def decayed_accumulate(
         outputs, state = scan_padded(partial(_block, operands), chunk, state, inputs, None, time)
     assert_dtype(outputs, dtype, "outputs")
     return outputs, state
+
+
+def decayed_parts(
+    axis: str,
+    keys: Float[Array, "b t h m"],
+    queries: Float[Array, "b t h m"],
+    values: Float[Array, "b t h d"],
+    log_decay: Float[Array, "b t h"],
+    *,
+    segment_ids: Int[Array, "b t"] | None = None,
+    initial_state: Float[Array, "b h m d"] | None = None,
+    **options: Any,
+) -> tuple[Float[Array, "b t h d"], Float[Array, "b h m d"]]:
+    """``decayed_accumulate`` over a sequence whose parts are on the devices along ``axis``.
+
+    A part scales the state before it by the exponential of its summed logarithms and adds what it wrote; the
+    devices exchange both, as in ``functional.memory.sequence_parallel``. Inside ``jax.shard_map`` only.
+
+    Args:
+      axis: name of the mesh axis.
+      keys, queries, values, log_decay, segment_ids: of this device's part.
+      initial_state: before the first part; equal on all devices.
+      options: of ``decayed_accumulate``.
+
+    Returns:
+      Outputs of this part, and the state after the last part, equal on all devices.
+    """
+    outputs, added = decayed_accumulate(keys, queries, values, log_decay, segment_ids=segment_ids, **options)
+    logs = log_decay.astype(added.dtype)
+    first = jnp.zeros(logs.shape[:1], bool)
+    if segment_ids is not None:
+        logs = jnp.where(borders(segment_ids)[..., None], -jnp.inf, logs)
+        count = lax.axis_size(axis)
+        before = lax.ppermute(segment_ids[:, -1], axis, [(i, i + 1) for i in range(count - 1)])
+        first = (before != segment_ids[:, 0]) & (lax.axis_index(axis) > 0)
+    from_start = jnp.exp(jnp.cumsum(logs, axis=1))
+    parts = lax.all_gather((added, from_start[:, -1], first), axis)
+    state = jnp.zeros_like(added) if initial_state is None else initial_state
+
+    def visit(state: Array, part: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        added, decay, first = part
+        state = jnp.where(first[:, None, None, None], 0.0, state)
+        return added + decay[..., None, None] * state, state
+
+    final, incoming = lax.scan(visit, state, parts)
+    own = incoming[lax.axis_index(axis)]
+    operands = values.dtype if values.dtype == jnp.bfloat16 else added.dtype
+    decayed = from_start[..., None] * queries.astype(added.dtype)
+    return outputs + contract("bchm,bhmd->bchd", operands, decayed, own), final

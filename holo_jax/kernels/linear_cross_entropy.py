@@ -13,6 +13,7 @@ from holo_jax.array_types import Array, Float, Int
 from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
 from holo_jax.kernels import hopper
 from holo_jax.kernels.capability import partitioned
+from holo_jax.parallel import layout, sharded, tensor_axis
 
 _DEPTH = 64
 
@@ -29,6 +30,8 @@ def unsupported(hidden: Array, weights: Array, logits_dtype: str) -> str | None:
     width, vocabulary = weights.shape
     if width % _DEPTH or vocabulary > 2**24:
         return f"weights has shape {weights.shape}; it must be a multiple of {_DEPTH} by at most 2^24"
+    if tensor_axis() is not None:
+        return "the vocabulary is divided over devices"
     if partitioned():
         return "the computation spans several devices; call it inside jax.shard_map"
     return None
@@ -45,22 +48,31 @@ def linear_cross_entropy(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """``functional.cross_entropy.chunked_cross_entropy`` by the fastest form this machine can run.
 
+    On a mesh each device visits its own tokens and its part of the vocabulary; hidden states stay in place.
+
     Args:
+      chunk_tokens: about how many tokens have logits at one time, on each device.
       backend: ``"portable"``, or ``"auto"`` for the kernels where they can run.
     """
-    if backend == "auto" and unsupported(hidden, weights, logits_dtype) is None:
-        from jla.ops.cross_entropy import linear_cross_entropy_objective
 
-        found = linear_cross_entropy_objective(
-            hidden.reshape(-1, hidden.shape[-1]),
-            weights.T,
-            targets.reshape(-1),
-            ignore_index=IGNORE,
-            row_chunk=chunk_tokens,
-            compute_dtype=hidden.dtype,
-            impl="mosaic_gpu",
+    def own(hidden: Array, weights: Array, targets: Array) -> Array:
+        if backend == "auto" and unsupported(hidden, weights, logits_dtype) is None:
+            from jla.ops.cross_entropy import linear_cross_entropy_objective
+
+            found = linear_cross_entropy_objective(
+                hidden.reshape(-1, hidden.shape[-1]),
+                weights.T,
+                targets.reshape(-1),
+                ignore_index=IGNORE,
+                row_chunk=chunk_tokens,
+                compute_dtype=hidden.dtype,
+                impl="mosaic_gpu",
+            )
+            return found.objective_sum.reshape(1, 1)
+        total, _ = chunked_cross_entropy(
+            hidden, weights, targets, chunk_tokens=chunk_tokens, logits_dtype=logits_dtype
         )
-        return found.objective_sum, jnp.sum(targets != IGNORE)
-    return chunked_cross_entropy(
-        hidden, weights, targets, chunk_tokens=chunk_tokens, logits_dtype=logits_dtype
-    )
+        return total.reshape(1, 1)
+
+    every = sharded(own, (layout("b t"), layout("_ h"), layout("b t")), layout("b t"))
+    return jnp.sum(every(hidden, weights, targets)), jnp.sum(targets != IGNORE)

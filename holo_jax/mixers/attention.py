@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import phases_at, rope_frequencies
 from holo_jax.layers import Linear, project, residual_std
 from holo_jax.mixers.context import Context
+from holo_jax.parallel import SEQ, ambient_mesh, layout, sequence_axis, sharded
 
 _FLASH_MULTIPLE = 64
 
@@ -85,13 +87,23 @@ class AttentionMixer(nnx.Module):
         keys = _rotate(maps["keys"].reshape(shape), angles)
         values = maps["values"].reshape(shape)
         if state is None:
-            mixed = self._attend_all(queries, keys, values, context.segment_ids)
+            rows = layout("b t h")
+            attend = sharded(self._attend_all, (rows, rows, rows, layout("b t")), rows)
+            mixed = attend(queries, keys, values, context.segment_ids)
         else:
+            mesh = ambient_mesh()
+            if mesh is not None and mesh.shape[SEQ] > 1:
+                raise ValueError(
+                    f"seq is {mesh.shape[SEQ]}; attention with a state needs a mesh with seq = 1"
+                )
             mixed, state = self._attend_cached(queries, keys, values, context, state)
         return self.out(mixed.reshape(b, t, config.hd_dim)), state
 
     def _attend_all(self, queries: Array, keys: Array, values: Array, segment_ids: Array | None) -> Array:
         window = self.config.attention_window
+        axis = sequence_axis()
+        if axis is not None:
+            return _attend_parts(axis, queries, keys, values, segment_ids, window)
         mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
         flash = (
             jax.default_backend() == "gpu"
@@ -141,6 +153,22 @@ class AttentionMixer(nnx.Module):
             overfull = after.index > state.times.shape[1]
             mixed = jnp.where(overfull[:, None, None, None], jnp.nan, mixed)
         return mixed, after
+
+
+def _attend_parts(
+    axis: str, queries: Array, keys: Array, values: Array, segment_ids: Array | None, window: int
+) -> Array:
+    """Attention of a device's part of the queries to the keys and values of all parts, which are gathered."""
+    b, t = queries.shape[:2]
+    keys, values = (lax.all_gather(x, axis, axis=1, tiled=True) for x in (keys, values))
+    own = lax.axis_index(axis) * t + jnp.arange(t, dtype=jnp.int32)
+    age = own[:, None] - jnp.arange(keys.shape[1], dtype=jnp.int32)[None]
+    visible = (age >= 0) & (age < window) if window else age >= 0
+    visible = jnp.broadcast_to(visible[None], (b, *age.shape))
+    if segment_ids is not None:
+        every = lax.all_gather(segment_ids, axis, axis=1, tiled=True)
+        visible = visible & (segment_ids[:, :, None] == every[:, None])
+    return jax.nn.dot_product_attention(queries, keys, values, mask=visible[:, None], implementation="xla")
 
 
 def _append(

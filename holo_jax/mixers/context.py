@@ -1,10 +1,11 @@
 """What a mixer knows about the tokens it is given, besides their vectors."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Bool, Int, UInt32
+from holo_jax.parallel import layout
 
 
 class Context(NamedTuple):
@@ -26,6 +27,14 @@ class Context(NamedTuple):
     continues: Bool[Array, "b"] | None = None
     padding: Int[Array, "b"] | None = None
     segment: Int[Array, "b"] | None = None
+
+    @property
+    def layout(self) -> Any:
+        """Where each field lies on a mesh; see ``holo_jax.parallel.layout``."""
+        rows = layout("_ t" if self.inside.shape[0] == 1 else "b t")
+        every: tuple[Any, ...] = (rows, layout("b t"), layout("b"), layout("b"), layout("b"))
+        present = [at if field is not None else None for at, field in zip(every, self, strict=True)]
+        return Context._make(present)
 
     @property
     def real(self) -> Bool[Array, "b t"] | None:

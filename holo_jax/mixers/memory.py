@@ -1,6 +1,7 @@
 """The phasor memory as a module: phases, gates, accumulation, retrieval, output."""
 
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +10,26 @@ from flax import nnx
 from holo_jax import kernels
 from holo_jax.array_types import Array, Float, UInt32
 from holo_jax.config import HoloConfig
-from holo_jax.functional import MemoryState, init_memory, phases_at, retrieval_scale
+from holo_jax.functional import (
+    MemoryState,
+    accumulate_parts,
+    init_memory,
+    phases_at,
+    retrieval_scale,
+)
 from holo_jax.layers import Linear, Normalization, parameter, project, residual_std
 from holo_jax.mixers.context import Context, keep_rows
+from holo_jax.parallel import layout, sequence_axis, sharded
 from holo_jax.precision import assert_dtype
-from holo_jax.sequence import delayed, next_tail, short_convolution, short_convolutions, with_tail
+from holo_jax.sequence import (
+    delayed,
+    next_tail,
+    of_last_device,
+    short_convolution,
+    short_convolutions,
+    tail_before,
+    with_tail,
+)
 
 
 class MemoryMixerState(NamedTuple):
@@ -116,16 +132,44 @@ class MemoryMixer(nnx.Module):
         state: MemoryMixerState | None,
     ) -> tuple[Float[Array, "b t e"], MemoryMixerState | None]:
         """Mixes tokens; ``turns`` are the layer's positional phasors, used where positions address."""
-        config = self.config
-        b, t, _ = x.shape
-        h, d = config.num_heads, config.head_dim
         maps = project(self, x, self.maps)
+        gate = maps.pop("gate", None)
+        state_layout = None
+        if state is not None:
+            every: tuple[Any, ...] = (layout("b _ h"), layout("b h"), layout("b h"), layout("b _ h"))
+            present = [at if field is not None else None for at, field in zip(every, state, strict=True)]
+            state_layout = MemoryMixerState._make(present)
+        mix_tokens = sharded(
+            self._mix_tokens,
+            (layout("_ h"), layout("b t h"), context.layout, layout("h"), state_layout),
+            (layout("b t h"), state_layout),
+        )
+        names = ("read_taps", "write_taps", "value_taps", "mix")
+        taps = {name: getattr(self, name)[...] for name in names if hasattr(self, name)}
+        retrieved, state = mix_tokens(taps, maps, context, turns, state)
+        return self.out(self._finish(retrieved, gate)), state
+
+    def _mix_tokens(
+        self,
+        taps: dict[str, Array],
+        maps: dict[str, Array],
+        context: Context,
+        turns: Array | None,
+        state: MemoryMixerState | None,
+    ) -> tuple[Array, MemoryMixerState | None]:
+        """From the maps of the input to what is retrieved ``[b, t, h, d]``; of any of its heads."""
+        config = self.config
         values, value_tail = maps["values"], None
         if config.value_conv:
             value_before = None if state is None else state.value_tail
+            value_before = tail_before(values, config.value_conv - 1, value_before)
             past = with_tail(values, config.value_conv - 1, value_before, context.padding)
-            values = short_convolution(past, self.value_taps[...].astype(values.dtype), context.inside)
-            value_tail = next_tail(past, config.value_conv - 1, context.inside)
+            values = short_convolution(past, taps["value_taps"].astype(values.dtype), context.inside)
+            if state is not None:
+                value_tail = of_last_device(next_tail(past, config.value_conv - 1, context.inside))
+        b, t, width = values.shape
+        d = config.head_dim
+        h = width // d
         values = values.reshape(b, t, h, d)
         gates = jax.nn.sigmoid(maps["write"]) if config.write_gate else None
         if context.real is not None:
@@ -138,16 +182,16 @@ class MemoryMixer(nnx.Module):
         retrieved = jnp.zeros((b, t, h, d), jnp.dtype(config.precision.memory))
         content = position = tail = None
         if config.addressing != "position":
-            past, write, read = self._content_phases(maps["phases"], context, state)
+            past, write, read = self._content_phases(taps, maps["phases"], context, state)
             content_gates = gates
             if not config.short_conv:
                 follows = (context.inside > 0)[..., None].astype(jnp.float32)
                 content_gates = follows * (jnp.ones((b, t, h), jnp.float32) if gates is None else gates)
             before = None if state is None else state.content
             y, content = self._memory(write, read, values, content_gates, erase, context, before)
-            retrieved = y if config.addressing == "content" else self.mix[...][1][None, None, :, None] * y
+            retrieved = y if config.addressing == "content" else taps["mix"][1][None, None, :, None] * y
             if state is not None:
-                tail = next_tail(past, _tail_size(config), context.inside)
+                tail = of_last_device(next_tail(past, _tail_size(config), context.inside))
         if config.addressing != "content":
             if turns is None:
                 raise ValueError("turns is None; positional addressing needs the layer's phasors")
@@ -155,28 +199,28 @@ class MemoryMixer(nnx.Module):
             before = None if state is None else state.position
             y, position = self._memory(phases, phases, values, gates, None, context, before)
             if config.addressing == "both":
-                retrieved = retrieved + self.mix[...][0][None, None, :, None] * y
+                retrieved = retrieved + taps["mix"][0][None, None, :, None] * y
             else:
                 retrieved = y
-        retrieved = self._finish(retrieved, maps.get("gate"))
         if state is None:
-            return self.out(retrieved), None
-        return self.out(retrieved), MemoryMixerState(tail, content, position, value_tail)
+            return retrieved, None
+        return retrieved, MemoryMixerState(tail, content, position, value_tail)
 
     def _content_phases(
-        self, raw: Array, context: Context, state: MemoryMixerState | None
+        self, taps: dict[str, Array], raw: Array, context: Context, state: MemoryMixerState | None
     ) -> tuple[Array, Array, Array]:
         config = self.config
-        b, t, _ = raw.shape
+        b, t, width = raw.shape
         raw = config.phase_scale * raw
         assert_dtype(raw, config.precision.phases, "phases")
-        past = with_tail(raw, _tail_size(config), None if state is None else state.tail, context.padding)
+        tail = tail_before(raw, _tail_size(config), None if state is None else state.tail)
+        past = with_tail(raw, _tail_size(config), tail, context.padding)
         if config.short_conv:
-            taps = (self.write_taps[...], self.read_taps[...])
-            write, read = short_convolutions(past, taps, context.inside)
+            both = (taps["write_taps"], taps["read_taps"])
+            write, read = short_convolutions(past, both, context.inside)
         else:
             write, read = delayed(past, 1, context.inside), raw
-        shape = (b, t, config.num_heads, config.key_dim)
+        shape = (b, t, width // config.key_dim, config.key_dim)
         return past, write.reshape(shape), read.reshape(shape)
 
     def _memory(
@@ -193,19 +237,19 @@ class MemoryMixer(nnx.Module):
         b, t, h, _ = values.shape
         if state is not None:
             state = jax.tree.map(lambda leaf: keep_rows(leaf, context.continues), state)
-        y, after = kernels.accumulate(
-            write,
-            read,
-            values,
-            gates,
-            erase,
+        accumulate: Any = partial(kernels.accumulate, backend=config.memory_backend)
+        axis = sequence_axis()
+        options: dict[str, Any] = dict(
             binding=config.binding,
             method="recurrent" if t == 1 else config.memory_method,
             segment_ids=context.segment_ids,
             initial_state=state,
             chunk_size=config.chunk_size or None,
-            backend=config.memory_backend,
         )
+        if axis is None:
+            y, after = accumulate(write, read, values, gates, erase, **options)
+        else:
+            y, state, after = accumulate_parts(accumulate, axis, write, read, values, gates, erase, **options)
         assert_dtype(y, config.precision.memory, "retrieval")
         if config.read_scale == "none":
             return y, after

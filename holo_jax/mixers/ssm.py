@@ -1,6 +1,7 @@
 """A Mamba-2-style state-space baseline: scalar decay a head, one key and query for all heads."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,10 +10,11 @@ from flax import nnx
 
 from holo_jax.array_types import Array, Float, UInt32
 from holo_jax.config import HoloConfig
-from holo_jax.functional import decayed_accumulate
+from holo_jax.functional import decayed_accumulate, decayed_parts
 from holo_jax.layers import Linear, Normalization, parameter, project, residual_std
 from holo_jax.mixers.context import Context, keep_rows
-from holo_jax.sequence import next_tail, short_convolution, with_tail
+from holo_jax.parallel import layout, sequence_axis, sharded
+from holo_jax.sequence import next_tail, of_last_device, short_convolution, tail_before, with_tail
 
 _STEP_MIN, _STEP_MAX = 1e-3, 1e-1
 _TAPS = 4
@@ -77,23 +79,62 @@ class SsmMixer(nnx.Module):
     ) -> tuple[Float[Array, "b t e"], SsmState | None]:
         """Mixes tokens; positions are not used."""
         del turns
-        config = self.config
         b, t, _ = x.shape
-        h, n, d, hd = config.num_heads, config.ssm_state, config.head_dim, config.hd_dim
+        hd = self.config.hd_dim
         maps = project(self, x, self.maps)
+        gate = maps.pop("gate")
+        # Values are divided by heads and the shared keys are not, so what holds both is taken apart.
+        taps = self.taps[...].astype(jnp.float32)
+        weights = (taps[:, :hd], taps[:, hd:], self.step_bias[...], self.log_rate[...], self.skip[...])
+        held = None if state is None else (state.tail[..., :hd], state.tail[..., hd:], state.memory)
+        heads, shared = layout("b t h"), layout("b t _")
+        held_layout = None if state is None else (layout("b _ h"), layout("b _ _"), layout("b h"))
+        mix_tokens = sharded(
+            self._mix_tokens,
+            (
+                (layout("_ h"), layout("_ _"), layout("h"), layout("h"), layout("h")),
+                {"values": heads, "keys": shared, "step": heads},
+                context.layout,
+                held_layout,
+            ),
+            (heads, held_layout),
+        )
+        y, held = mix_tokens(weights, maps, context, held)
+        y = self.norm(y.reshape(b, t, hd) * jax.nn.silu(gate))
+        if held is None:
+            return self.out(y), None
+        return self.out(y), SsmState(jnp.concatenate(held[:2], axis=-1), held[2])
+
+    def _mix_tokens(
+        self,
+        weights: tuple[Array, ...],
+        maps: dict[str, Array],
+        context: Context,
+        held: tuple[Array, Array, Array] | None,
+    ) -> tuple[Array, tuple[Array, Array, Array] | None]:
+        """From the maps of the input to what is read ``[b, t, h, d]``; of any of its heads."""
+        config = self.config
+        value_taps, key_taps, step_bias, log_rate, skip = weights
+        b, t, width = maps["values"].shape
+        n, d = config.ssm_state, config.head_dim
+        h = width // d
         raw = jnp.concatenate([maps["values"], maps["keys"]], axis=-1).astype(jnp.float32)
-        past = with_tail(raw, _TAPS - 1, None if state is None else state.tail, context.padding)
-        mixed = jax.nn.silu(short_convolution(past, self.taps[...].astype(jnp.float32), context.inside))
+        tail = None if held is None else jnp.concatenate(held[:2], axis=-1)
+        past = with_tail(raw, _TAPS - 1, tail_before(raw, _TAPS - 1, tail), context.padding)
+        taps = jnp.concatenate([value_taps, key_taps], axis=-1)
+        mixed = jax.nn.silu(short_convolution(past, taps, context.inside))
         mixed = mixed.astype(config.precision.storage)
-        values = mixed[..., :hd].reshape(b, t, h, d)
-        keys = jnp.broadcast_to(mixed[..., None, hd : hd + n], (b, t, h, n))
-        queries = jnp.broadcast_to(mixed[..., None, hd + n :], (b, t, h, n))
-        step = jax.nn.softplus(maps["step"] + self.step_bias[...][None, None])
+        values = mixed[..., :width].reshape(b, t, h, d)
+        keys = jnp.broadcast_to(mixed[..., None, width : width + n], (b, t, h, n))
+        queries = jnp.broadcast_to(mixed[..., None, width + n :], (b, t, h, n))
+        step = jax.nn.softplus(maps["step"] + step_bias[None, None])
         if context.real is not None:
             step = jnp.where(context.real[..., None], step, 0.0)
-        log_decay = -jnp.exp(self.log_rate[...])[None, None] * step
-        memory = None if state is None else keep_rows(state.memory, context.continues)
-        y, memory = decayed_accumulate(
+        log_decay = -jnp.exp(log_rate)[None, None] * step
+        memory = None if held is None else keep_rows(held[2], context.continues)
+        axis = sequence_axis()
+        accumulate = decayed_accumulate if axis is None else partial(decayed_parts, axis)
+        y, memory = accumulate(
             keys,
             queries,
             values * step[..., None].astype(values.dtype),
@@ -103,8 +144,8 @@ class SsmMixer(nnx.Module):
             method="recurrent" if t == 1 else "chunked",
             chunk_size=config.chunk_size or None,
         )
-        y = y + self.skip[...][None, None, :, None] * values.astype(y.dtype)
-        y = self.norm(y.reshape(b, t, hd) * jax.nn.silu(maps["gate"]))
-        if state is None:
-            return self.out(y), None
-        return self.out(y), SsmState(next_tail(past, _TAPS - 1, context.inside), memory)
+        y = y + skip[None, None, :, None] * values.astype(y.dtype)
+        if held is None:
+            return y, None
+        tail = of_last_device(next_tail(past, _TAPS - 1, context.inside))
+        return y, (tail[..., :width], tail[..., width:], memory)

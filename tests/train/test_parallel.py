@@ -1,0 +1,172 @@
+"""Every axis of the mesh: equal to one device over twenty steps, and sending no more than it must."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train.common import micro_config
+from train.collectives import Collective, collectives
+from train.loop import build
+from train.run_config import RunConfig
+from train.sharding import MESH_AXES, batch_sharding, make_mesh, put_batch, replicated
+from train.step import StepFunctions
+
+STEPS, TIME, ROWS = 20, 16, 4
+pytestmark = pytest.mark.devices(8)
+MODELS: dict[str, dict[str, Any]] = {
+    "holo": dict(model__preset="holo", model__hd_dim=32, model__remat="full"),
+    "sum": dict(model__preset="holo", model__hd_dim=32, model__erase=False, model__value_conv=3),
+    "dual": dict(model__preset="dual", model__hd_dim=32, model__tie_embeddings=True),
+    "hybrid": dict(
+        model__preset="holo", model__head_dim=4, model__anchor_every=2, model__num_hidden_layers=2
+    ),
+    "ssm": dict(model__preset="ssm", model__hd_dim=32),
+}
+
+
+def config_of(model: str, sizes: tuple[int, ...], **fields: Any) -> RunConfig:
+    mesh = {f"mesh__{axis}": size for axis, size in zip(MESH_AXES, sizes, strict=True)}
+    fields = dict(global_batch_size=ROWS, num_steps=STEPS, mesh__devices=int(np.prod(sizes))) | fields
+    # Sizes of their own for width, heads and time tell in a program what an array is.
+    return micro_config(**MODELS[model], model__hidden_size=24, **mesh, **fields)
+
+
+def rows(step: int) -> dict[str, np.ndarray]:
+    """A row without borders, and rows with some at, before and after the borders of the parts of 4 or 8."""
+    generator = np.random.default_rng(step)
+    segments = np.ones((ROWS, TIME), np.int32)
+    for row, cuts in enumerate([(), (4, 5, 11), (8, 15), (3, 12)]):
+        for number, cut in enumerate(cuts):
+            segments[row, cut:] = number + 2
+    segments[3, 14:] = 0
+    return {"tokens": generator.integers(64, size=(ROWS, TIME), dtype=np.int32), "segment_ids": segments}
+
+
+@functools.cache
+def compiled(model: str, sizes: tuple[int, ...], time: int = TIME) -> tuple[StepFunctions, Any]:
+    """The step functions and the compiled train step."""
+    config = config_of(model, sizes, context_length=time)
+    _, steps = build(config.model, config.optimizer, config.num_steps, make_mesh(config.mesh))
+    batch = {name: jax.ShapeDtypeStruct((1, ROWS, time), np.int32) for name in ("tokens", "segment_ids")}
+    return steps, steps.train.lower(steps.shapes, batch).compile()
+
+
+@functools.cache
+def curve(model: str, sizes: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Loss and gradient norm of every step, and the optimizer's moments (the gradients) after the first."""
+    mesh = make_mesh(config_of(model, sizes).mesh)
+    steps, train = compiled(model, sizes)
+    key = np.asarray(jax.random.key_data(jax.random.key(0, impl="threefry2x32")))
+    state = steps.init(jax.device_put(key, replicated(mesh)))
+    values, moments = [], []
+    for step in range(STEPS):
+        state, metrics = train(state, put_batch(rows(step), 1, batch_sharding(mesh)))
+        values.append((float(metrics.loss), float(metrics.grad_norm)))
+        if step == 0:
+            moments = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(state.opt_state))]
+    return np.array(values), moments
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        ("holo", (4, 1, 1, 1)),
+        ("holo", (1, 4, 1, 1)),
+        ("holo", (1, 1, 4, 1)),
+        ("holo", (1, 1, 1, 4)),
+        ("holo", (2, 1, 2, 2)),
+        ("sum", (1, 2, 4, 1)),
+        ("dual", (1, 2, 2, 2)),
+        ("hybrid", (1, 1, 4, 2)),
+        ("ssm", (1, 1, 4, 2)),
+    ],
+)
+def test_twenty_steps_equal_one_device(model: str, sizes: tuple[int, ...]) -> None:
+    values, moments = curve(model, sizes)
+    want_values, want_moments = curve(model, (1, 1, 1, 1))
+    np.testing.assert_allclose(values, want_values, rtol=0, atol=1e-5)
+    for got, want in zip(moments, want_moments, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def program(sizes: tuple[int, ...], time: int = TIME) -> tuple[list[Collective], StepFunctions]:
+    """Collectives of the compiled train step of the default model."""
+    steps, train = compiled("holo", sizes, time)
+    return collectives(train.as_text()), steps
+
+
+def sizes_of(found: list[Collective]) -> list[tuple[int, ...]]:
+    return [dims for one in found for _, dims in one.shapes]
+
+
+def parameter_sizes(steps: StepFunctions) -> set[tuple[int, ...]]:
+    """Shapes of the parameters, of a layer and of the whole stack, transposed too."""
+    shapes = {leaf.shape for leaf in jax.tree.leaves(steps.shapes.params)}
+    shapes |= {shape[1:] for shape in shapes if shape[0] == 1}
+    return shapes | {shape[::-1] for shape in shapes}
+
+
+def test_sequence_parallel_sends_states_whatever_the_length() -> None:
+    (short, steps), (long, _) = program((1, 1, 4, 1)), program((1, 1, 4, 1), 2 * TIME)
+    assert [one._replace(name="") for one in short] == [one._replace(name="") for one in long]
+    sent = [one for one in short if one.kind != "all-reduce"]
+    state = (4, ROWS, 4, 4, 8)  # parts, rows, heads, phasors, channels
+    transition = (4, ROWS, 4, 8, 8)
+    halo = (ROWS, 3, 4 * 4)
+    flags = [dims for one in sent for dtype, dims in one.shapes if dims not in (state, transition, halo)]
+    assert {state, transition, halo} <= set(sizes_of(sent))
+    scattered = {(1, *state[1:]), (1, *transition[1:])}
+    assert all(dims in scattered or np.prod(dims) <= 4 * ROWS * 4 for dims in flags)
+    # What is summed over the parts is the gradient and scalars.
+    reduced = sizes_of([one for one in short if one.kind == "all-reduce"])
+    assert set(reduced) <= parameter_sizes(steps) | {()}
+
+
+def test_data_parallel_sums_gradients_and_nothing_else() -> None:
+    found, steps = program((4, 1, 1, 1))
+    assert {one.kind for one in found} == {"all-reduce"}
+    assert set(sizes_of(found)) <= parameter_sizes(steps) | {()}
+
+
+def test_fsdp_gathers_parameters_and_sums_gradients() -> None:
+    found, steps = program((1, 4, 1, 1))
+    assert {one.kind for one in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
+    gathered = [one for one in found if one.kind == "all-gather"]
+    parameters = parameter_sizes(steps)
+    assert set(sizes_of(gathered)) <= parameters
+    # Inside the loop over layers each layer's parameters are gathered, never those of the whole stack.
+    assert all(len(dims) <= 2 for dims in sizes_of(gathered))
+    assert (24, 64) in sizes_of([one for one in gathered if one.in_loop])
+    assert set(sizes_of([one for one in found if one.kind == "all-reduce"])) <= parameters | {()}
+
+
+def test_tensor_parallel_sums_twice_a_block() -> None:
+    found, _ = program((1, 1, 1, 4))
+    assert {one.kind for one in found} == {"all-reduce"}
+    residual = ("f32", (ROWS, TIME, 24))
+    forward = [one.shapes for one in found if one.in_loop and "transpose" not in one.name]
+    assert [shapes for shapes in forward if residual in shapes] == [(residual,), (residual,)]
+
+
+def test_collectives_are_read_from_text() -> None:
+    text = """
+      %a = f32[24,32]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}, op_name="f/while/body/g"
+      %b = (bf16[8]{0}, f32[]) all-reduce(%x, %y), replica_groups={{0,1},{2,3}}, metadata={op_name="f"}
+      %c = f32[8]{0} all-reduce(%x), replica_groups={{0},{1}}, to_apply=%add
+      %d = c64[2,3]{1,0} collective-permute(%x), source_target_pairs={{0,1}}
+      %e = u32[5]{0} reduce-scatter-start(%x), replica_groups=[2,4]<=[8]
+      %f = f32[] add(%x, %y)
+    """
+    found = collectives(text)
+    assert [(one.kind, one.devices, one.bytes) for one in found] == [
+        ("all-gather", 4, 24 * 32 * 4),
+        ("all-reduce", 2, 20),
+        ("collective-permute", 2, 48),
+        ("reduce-scatter", 4, 20),
+    ]
+    assert found[0].in_loop and not found[1].in_loop
+    with pytest.raises(ValueError, match="device groups"):
+        collectives("%a = f32[2] all-reduce(%x), replica_groups=what")
