@@ -5,8 +5,8 @@ For hidden states h_i, output matrix W and targets y_i the summed loss is
 gradient ``(softmax(h_i W) - onehot(y_i)) w_i`` of a chunk is formed while its logits exist, so the
 logits are computed once and never stored.
 
-Where the vocabulary is divided over devices (``holo_jax.parallel.tensor_axis``), normalizers and target logits
-are summed over its parts.
+Where the vocabulary is divided over devices (``holo_jax.parallel.tensor_axis``), normalizers and target
+logits are summed over its parts.
 """
 
 from functools import partial
