@@ -12,6 +12,7 @@ VIEWS = {
     "perplexity": "eval.perplexity_view",
     "harness": "eval.harness",
     "speed": "eval.speed_view",
+    "scaling": "eval.scaling",
     "inference": "eval.inference_view",
 }
 

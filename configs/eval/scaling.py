@@ -1,0 +1,46 @@
+"""Scaling of the train step over the devices that are there, by mesh axis, weak and strong.
+
+Command:  python -m eval.scaling --config=configs/eval/scaling.py --out=runs/scaling
+          one case: --config.cases="('seq@1048576 remat=full',)"
+Hardware: two or more GPUs of one machine (kernels of the extra ``kernels`` on Hopper); :quick runs on fake
+          CPU devices (XLA_FLAGS=--xla_force_host_platform_device_count=4), where its times mean nothing
+Expect:   not measured yet
+"""
+
+from configs.eval import choose
+
+_VARIANTS = {
+    "full": dict(
+        layers=12,
+        width=1024,
+        vocab=32000,
+        # AXIS@LENGTH: rows a device (total with strong=1); along seq, tokens of the whole sequence.
+        cases=(
+            "data@4096 rows=8 unroll=12",
+            "fsdp@4096 rows=8",
+            "fsdp@4096 rows=8 unroll=12",
+            "seq@65536",
+            "seq@65536 strong=1",
+            "seq@1048576 remat=full",
+        ),
+        options=(),  # XLA compiler options of every program, NAME=VALUE
+        samples=3,
+        least_seconds=0.5,
+        workers=12,  # programs compiled at a time
+        seed=0,
+    ),
+    "quick": dict(
+        layers=1,
+        width=64,
+        vocab=256,
+        cases=("fsdp@64 rows=2", "seq@256 strong=1"),
+        samples=2,
+        least_seconds=0.001,
+        workers=2,
+    ),
+}
+
+
+def get_config(variant: str = "full"):
+    """Settings of ``eval.scaling``."""
+    return choose(_VARIANTS, variant)
