@@ -149,6 +149,7 @@ def run(
     jobs = [decoder.job(cell, spare(cell)) for decoder, cell in fitting]
     for (decoder, cell), built in zip(fitting, compile_all(jobs, workers), strict=True):
         _time(reporter, decoder, cell, built, spare(cell), samples, ceilings)
+        reporter.save()
 
 
 def _fits(reporter: Reporter, decoder: Decoder, cell: Cell, spare: int) -> bool:
