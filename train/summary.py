@@ -1,6 +1,7 @@
 """The end of a run: held-out bits per byte beside gzip and xz, the loss curve, a sample, what is next."""
 
 import json
+import shlex
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +23,12 @@ from train.step import StepFunctions
 
 SUMMARY_FILE = "summary.json"
 
-_NEXT = """next:
-  use it       python -c "import holo_jax; run = holo_jax.load_pretrained('{workdir}'); print(run.config)"
-  train more   python -m train.main --config=configs/{name}.py --config.num_steps={steps} --workdir={longer}
-  own text     python -m train.prepare --help"""
+_LINES = {
+    "more text": "python -m eval.generate --run={workdir} --prompt {prompt}",
+    "train more": "python -m train.main --config=configs/{name}.py"
+    " --config.num_steps={steps} --workdir={longer}",
+    "own text": "python -m train.prepare --help",
+}
 
 
 def summarize(
@@ -71,12 +74,23 @@ def summarize(
     if config.eval.sample_tokens:
         say(f"sample:\n{_sample(config, inputs, functions, params)}")
     say(f"in {workdir}: {SUMMARY_FILE}, {LOSS_FILE}, {METRICS_FILE}, config.json, checkpoints/, tensorboard/")
-    say(
-        _NEXT.format(
-            workdir=workdir, name=config.name, steps=3 * config.num_steps, longer=f"{workdir}-longer"
-        )
-    )
+    say(_next_commands(config, workdir, inputs))
     return summary
+
+
+def _next_commands(config: RunConfig, workdir: Path, inputs: Inputs) -> str:
+    """What can be run next, a line each; text only where a tokenizer makes it."""
+    lines = dict(_LINES)
+    if inputs.tokenizer is None:
+        del lines["more text"]
+    values = {
+        "workdir": shlex.quote(str(workdir)),
+        "longer": shlex.quote(f"{workdir}-longer"),
+        "prompt": shlex.quote(config.eval.sample_prompt),
+        "name": config.name,
+        "steps": 3 * config.num_steps,
+    }
+    return "next:\n" + "\n".join(f"  {title:<12} {line.format(**values)}" for title, line in lines.items())
 
 
 def _heldout_summary(

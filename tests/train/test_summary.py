@@ -79,6 +79,12 @@ def test_a_sample_goes_on_from_the_prompt(finished) -> None:
     assert sample.startswith("sample:\ndef ") and len(sample) > len("sample:\ndef ")
 
 
+def test_the_end_says_how_to_get_more_text(finished) -> None:
+    commands = finished[3][-1]
+    assert commands.startswith("next:\n")
+    assert f"python -m eval.generate --run={finished[0]} --prompt 'def '" in commands
+
+
 def test_the_run_directory_loads_as_a_model(finished) -> None:
     run = load_pretrained(finished[0])
     assert run.step == 4 and run.tokenizer.decode(run.tokenizer.encode("def f")) == "def f"
