@@ -23,7 +23,7 @@ setup: $(STAMP) ## create .venv with pinned dependencies
 
 $(STAMP):
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
-		{ echo "holo-jax needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing). Use: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+		{ echo "holo-jax needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing). Use: make PYTHON=/path/to/python3.11 ..."; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "'$(PYTHON)' has no venv module; install it (on Debian and Ubuntu: apt-get install python3-venv)"; exit 1; }
 	@echo "setting up $(VENV) with $$($(PYTHON) --version) (a minute or two)"
