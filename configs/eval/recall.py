@@ -127,12 +127,13 @@ _VARIANTS = {
                 "dual": dict(hd_dim=256),
                 "seed": dict(hd_dim=512),
                 "attention": dict(hd_dim=64),
+                "ssm": dict(hd_dim=64, phasors=16),
             }.items()
             for suffix, mlp in {"": "swiglu", "_linear": "linear", "_nomlp": "none"}.items()
         },
         select=tuple(
             preset + suffix
-            for preset in ("holo", "dual", "seed", "attention")
+            for preset in ("holo", "dual", "seed", "attention", "ssm")
             for suffix in ("", "_linear", "_nomlp")
         ),
         shared=dict(
