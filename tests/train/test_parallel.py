@@ -7,11 +7,14 @@ import jax
 import numpy as np
 import pytest
 
+from holo_jax.model import init_state
 from tests.train.common import micro_config
 from train.collectives import Collective, collectives
+from train.errors import MeshError
 from train.loop import build
+from train.model_functions import model_functions
 from train.run_config import RunConfig
-from train.sharding import MESH_AXES, batch_sharding, make_mesh, put_batch, replicated
+from train.sharding import MESH_AXES, batch_sharding, check_model, make_mesh, put_batch, replicated
 from train.step import StepFunctions
 
 STEPS, TIME, ROWS = 20, 16, 4
@@ -175,3 +178,46 @@ def test_collectives_are_read_from_text() -> None:
     assert found[0].in_loop and not found[1].in_loop
     with pytest.raises(ValueError, match="device groups"):
         collectives("%a = f32[2] all-reduce(%x), replica_groups=what")
+
+
+@pytest.mark.parametrize("model", ["holo", "ssm"])
+def test_reading_on_from_a_state_over_a_divided_sequence(model: str) -> None:
+    """Two pieces read one after the other give the hidden states, and the state, of one device."""
+    config = config_of(model, (1, 1, 2, 2)).model
+    functions = model_functions(config)
+    params = functions.init(jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(64, size=(ROWS, TIME), dtype=np.int32)
+
+    def read(params: Any, tokens: jax.Array) -> Any:
+        state, hidden = init_state(config, ROWS), []
+        for piece in (tokens[:, :8], tokens[:, 8:]):
+            output, state = functions.model(params).model(piece, None, state)
+            hidden.append(output)
+        return hidden, state
+
+    want = jax.jit(read)(params, tokens)
+    with jax.set_mesh(make_mesh(config_of(model, (1, 1, 2, 2)).mesh)):
+        got = jax.jit(read)(params, tokens)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-5, atol=1e-5)
+
+
+def test_what_does_not_divide_is_refused() -> None:
+    mesh = make_mesh(config_of("holo", (1, 1, 4, 2)).mesh)
+    config = config_of("holo", (1, 1, 4, 2)).model
+    check_model(mesh, config, TIME)
+    with pytest.raises(MeshError, match=r"context_length / mesh\.seq = 2; it must be at least the 3 token"):
+        check_model(mesh, config, 8)
+    with pytest.raises(MeshError, match=r"model has 3 heads; they must be a multiple of mesh\.tensor 2"):
+        check_model(mesh, config.replace(hd_dim=24), TIME)
+    model = model_functions(config).model
+    params = model_functions(config).init(jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((ROWS, 6), np.int32)
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match="6 tokens a row; it must be a multiple of seq = 4"),
+    ):
+        jax.eval_shape(lambda tokens: model(params).model(tokens), tokens)
+    ids = np.ones((ROWS, TIME), np.int32)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="segment_ids are given with a state on a mesh"):
+        jax.eval_shape(lambda ids: model(params).model(ids, ids, init_state(config, ROWS)), ids)
