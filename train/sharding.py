@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from holo_jax.config import HoloConfig
@@ -35,25 +35,36 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       MeshError: if there are too few, or the sizes do not multiply to their number.
     """
     devices = jax.devices() if devices is None else list(devices)
-    if config.devices > len(devices):
-        raise MeshError(f"mesh.devices is {config.devices}; it must be at most the {len(devices)} present")
-    devices = devices[: config.devices or None]
+    sizes = mesh_sizes(config, len(devices))
+    # Auto leaves the inner layout to the compiler; jax.make_mesh's own default is Explicit.
+    devices = devices[: math.prod(sizes)]
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+
+
+def mesh_sizes(config: MeshConfig, present: int) -> tuple[int, ...]:
+    """Sizes of the mesh axes over the first ``config.devices`` of the devices that are ``present``.
+
+    Raises:
+      MeshError: if there are too few, or the sizes do not multiply to their number.
+    """
+    if config.devices > present:
+        raise MeshError(f"mesh.devices is {config.devices}; it must be at most the {present} present")
+    used = config.devices or present
     sizes = [config.data, config.fsdp, config.seq, config.tensor]
     others = math.prod(sizes[1:])
     if sizes[0] == -1:
-        if len(devices) % others:
-            raise MeshError(
-                f"mesh fsdp x seq x tensor = {others} must divide the {len(devices)} device(s) used"
-            )
-        sizes[0] = len(devices) // others
-    if math.prod(sizes) != len(devices):
+        if used % others:
+            raise MeshError(f"mesh fsdp x seq x tensor = {others} must divide the {used} device(s) used")
+        sizes[0] = used // others
+    if math.prod(sizes) != used:
         shape = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-        raise MeshError(f"mesh {shape} = {math.prod(sizes)}; it must equal the {len(devices)} device(s) used")
-    # Auto leaves the inner layout to the compiler; jax.make_mesh's own default is Explicit.
-    return jax.make_mesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
+        raise MeshError(f"mesh {shape} = {math.prod(sizes)}; it must equal the {used} device(s) used")
+    return tuple(sizes)
 
 
-def check_batch(mesh: Mesh, global_batch_size: int, accumulation_steps: int, context_length: int) -> None:
+def check_batch(
+    mesh: Mesh | AbstractMesh, global_batch_size: int, accumulation_steps: int, context_length: int
+) -> None:
     """Checks that batches divide over the mesh.
 
     Raises:
@@ -69,7 +80,7 @@ def check_batch(mesh: Mesh, global_batch_size: int, accumulation_steps: int, con
         raise MeshError(f"context_length {context_length} must be a multiple of mesh.seq {mesh.shape['seq']}")
 
 
-def check_model(mesh: Mesh, model: HoloConfig, context_length: int) -> None:
+def check_model(mesh: Mesh | AbstractMesh, model: HoloConfig, context_length: int) -> None:
     """Checks that heads divide over the mesh, and that convolutions reach into one part of a sequence only.
 
     Widths are checked with the parameters (``parameter_shardings``).
@@ -90,7 +101,7 @@ def check_model(mesh: Mesh, model: HoloConfig, context_length: int) -> None:
         )
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of scalars: a copy on every device."""
     return NamedSharding(mesh, P())
 
@@ -100,7 +111,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, BATCH_AXES, SEQ))
 
 
-def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+def parameter_shardings(mesh: Mesh | AbstractMesh, axes: Any, shapes: Any) -> Any:
     """A sharding for every parameter from the names of its axes.
 
     Args:
@@ -133,7 +144,7 @@ def parameter_shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
 
 
-def optimizer_shardings(mesh: Mesh, opt_shapes: Any, param_shardings: Any) -> Any:
+def optimizer_shardings(mesh: Mesh | AbstractMesh, opt_shapes: Any, param_shardings: Any) -> Any:
     """Moments lie where their parameters lie; counters are replicated.
 
     A moment is known by its path, which ends with that of its parameter, whatever transformations

@@ -4,11 +4,9 @@ import dataclasses
 import re
 from typing import Any
 
-import jax
-import numpy as np
-
 from holo_jax.config import HoloConfig
 from train.model_functions import model_functions
+from train.planning import operations
 
 # hd_dim brings each within 5% of the 184M parameters in products of the attention model.
 _HD_DIM = {"holo": 1024, "holo_sum": 1024, "attention": 1024, "ssm": 1152, "seed": 2048, "dual": 1344}
@@ -49,19 +47,8 @@ def model_config(name: str, size: Size, **changes: Any) -> HoloConfig:
 
 
 def product_parameters(config: HoloConfig) -> int:
-    """Parameters in a matrix product for every token: all matrices but the embedding table."""
-    functions = model_functions(config)
-    total = 0
-    for (path, shape), (_, axes) in zip(
-        jax.tree_util.tree_leaves_with_path(functions.shapes),
-        jax.tree_util.tree_leaves_with_path(functions.axes, is_leaf=lambda node: isinstance(node, tuple)),
-        strict=True,
-    ):
-        own = axes[1:] if axes[:1] == ("layers",) else axes
-        table = "embedding" in jax.tree_util.keystr(path) and not config.tie_embeddings
-        if len(own) == 2 and own[0] is not None and None not in own and not table:
-            total += int(np.prod(shape.shape))
-    return total
+    """Parameters in a matrix product for every token; see ``train.planning.operations``."""
+    return operations.product_parameters(model_functions(config), config)
 
 
 @dataclasses.dataclass(frozen=True)

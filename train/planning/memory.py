@@ -1,0 +1,316 @@
+"""Bytes on one device, by part, for a train step: traced and divided, never compiled or run.
+
+State and gradients follow from the shapes and the sharding rules. What the forward pass keeps for the
+backward pass is read from the traced vjp of the loss at the shapes of one device, so it follows the model by
+itself: stacked over depth it is what the rematerialisation policy keeps. A rematerialised block computes the
+rest again, one block at a time. What a compiler fuses and what a kernel keeps are rules, given where they are
+used; they were set with four measured programs in view (``tests/train/test_plan.py``).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+from jax.sharding import AbstractMesh
+
+from holo_jax.config import HoloConfig
+from holo_jax.functional import accumulate
+from train.errors import MeshError
+from train.model_functions import model_functions
+from train.optimizer import make_optimizer
+from train.run_config import RunConfig
+from train.sharding import check_batch, optimizer_shardings, parameter_shardings
+
+_KERNEL_WIDTHS = (64, 128)
+
+
+class Memory(NamedTuple):
+    """Bytes on one device.
+
+    Attributes:
+      params: float32 masters.
+      optimizer: moments.
+      other: counters, the key, and the batch.
+      gradients: float32; twice where a batch is accumulated in parts.
+      kept: activations that the forward pass keeps.
+      working: what one block computes again in the backward pass.
+      gathered: weights of one block, and their gradient, in one piece where ``fsdp`` divides them.
+      logits: one chunk of logits and its gradient, and the output weights with theirs.
+      update: what the optimizer needs beside moments and gradients.
+    """
+
+    params: int
+    optimizer: int
+    other: int
+    gradients: int
+    kept: int
+    working: int
+    gathered: int
+    logits: int
+    update: int
+
+    @property
+    def state(self) -> int:
+        """What lives from step to step, and the batch: the arguments of the compiled step."""
+        return self.params + self.optimizer + self.other
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes at the three moments that can be the largest."""
+        summed = self.gradients // 2 if self.accumulated else 0
+        return {
+            "loss": self.state + summed + self.kept + self.logits,
+            "backward": self.state + self.gradients + self.kept + self.working + self.gathered,
+            "update": self.state + self.gradients - summed + self.update,
+        }
+
+    @property
+    def accumulated(self) -> bool:
+        """Whether gradients of several parts are summed."""
+        return self.gradients > self.params
+
+    @property
+    def peak(self) -> int:
+        """The largest of ``phases``."""
+        return max(self.phases.values())
+
+
+def estimate_memory(
+    config: RunConfig, mesh: AbstractMesh, *, kernels: bool = True, packed: bool = True
+) -> Memory:
+    """Bytes on each device of ``mesh`` for a step of ``config``.
+
+    Args:
+      config: the run.
+      mesh: its axes; devices are not needed.
+      kernels: whether the memory runs by a kernel where one supports it, as on the planned GPU, or in
+        portable form.
+      packed: whether rows have segment ids, as in training.
+
+    Raises:
+      MeshError: if batch or parameters do not divide over the mesh.
+    """
+    check_batch(mesh, config.global_batch_size, config.accumulation_steps, config.context_length)
+    model, sizes = config.model, mesh.shape
+    tensor, fsdp = sizes["tensor"], sizes["fsdp"]
+    if model.num_heads % tensor:
+        raise MeshError(f"model has {model.num_heads} heads; they must be a multiple of mesh.tensor {tensor}")
+    functions = model_functions(model)
+    params_at = parameter_shardings(mesh, functions.axes, functions.shapes)
+    optimizer = make_optimizer(config.optimizer, config.num_steps, functions.axes)
+    moments = jax.eval_shape(optimizer.init, functions.shapes)
+    params = _divided(functions.shapes, params_at)
+    rows = config.global_batch_size // (sizes["data"] * fsdp * config.accumulation_steps)
+    length = config.context_length // sizes["seq"]
+    shard = _shard(model, tensor)
+    activations = _activations(shard, rows, length, kernels, packed, sizes["seq"] > 1)
+    width, vocab = shard.hidden_size, shard.vocab_size
+    storage, wide = _itemsize(model.precision.storage), _itemsize(model.precision.logits)
+    chunk = rows * min(length, max(1, model.loss_chunk // rows))
+    period = sum(_bytes(leaf) for leaf in _blocks(functions.shapes)) // model.num_periods // tensor
+    ways = sizes["data"] * fsdp * sizes["seq"]
+    tokens = config.global_batch_size * config.context_length // ways
+    return Memory(
+        params=params,
+        optimizer=_divided(moments, optimizer_shardings(mesh, moments, params_at)),
+        other=2 * 4 * tokens + 20,  # tokens and segment ids; step, skipped, nonfinite_run and the key
+        gradients=params * (2 if config.accumulation_steps > 1 else 1),
+        kept=activations.kept,
+        working=activations.working,
+        gathered=2 * period if fsdp > 1 else 0,
+        logits=chunk * vocab * (wide + storage) + width * vocab * (wide + storage),
+        update=_update(config, functions.shapes, params_at),
+    )
+
+
+def _update(config: RunConfig, shapes: Any, shardings: Any) -> int:
+    """Muon holds the orthogonalised updates of all matrices and two iterates of the largest."""
+    if config.optimizer.name != "muon":
+        return 0
+    sizes = [
+        _bytes(leaf) // (leaf.size // math.prod(at.shard_shape(leaf.shape)))
+        for leaf, at in zip(_blocks(shapes), _blocks(shardings), strict=True)
+    ]
+    return sum(sizes) + 2 * max(sizes)
+
+
+class _Activations(NamedTuple):
+    kept: int
+    working: int
+
+
+@functools.lru_cache(maxsize=64)
+def _activations(
+    config: HoloConfig, rows: int, length: int, kernels: bool, packed: bool, divided: bool
+) -> _Activations:
+    """Activations of one device's rows [rows, length], which may be parts of a divided sequence."""
+    portable = config.replace(memory_backend="portable")
+    kept = _kept(portable, rows, length, packed)
+    memories = sum(kind == "holo" for kind in config.layer_kinds)  # of one period
+    kernel = kernels and memories > 0 and _kernel_supports(config)
+    token = rows * length * _itemsize(config.precision.storage)
+    keys = config.num_heads * 2 * config.phasors
+    # A part of a divided sequence finds what becomes of the state before it in as many more channels as keys.
+    channels = config.hd_dim + (keys if divided and config.erase else 0)
+    # What a kernel keeps: the features of both phases, the written values and the read.
+    op = token * (2 * keys + 2 * channels)
+    if config.remat == "none":
+        stacked = kept.stacked
+        if kernel:
+            stacked += memories * config.num_periods * (op - _memory_op(portable, rows, length, packed))
+        return _Activations(stacked + kept.outside, 0)
+    stacked = kept.stacked
+    if kernel and config.remat == "dots":
+        stacked += memories * config.num_periods * token * channels
+    if not kernel and memories:
+        op = _portable_working(portable, rows, length, packed)
+    whole = _kept(portable.replace(remat="none"), rows, length, packed)
+    again = (whole.materialised - kept.materialised) // config.num_periods
+    return _Activations(stacked + kept.outside, max(0, again) + memories * op)
+
+
+def _portable_working(config: HoloConfig, rows: int, length: int, packed: bool) -> int:
+    """What the portable memory of one layer holds in float32 while its gradient is computed."""
+    if config.binding == "hadamard":
+        memories = 2 if config.addressing == "both" else 1
+        return memories * 2 * rows * length * config.hd_dim * config.precision.complex_memory.itemsize
+    if config.precision.storage == config.precision.memory:
+        return 0  # among the arrays that the block materialises
+    return _memory_op(config, rows, length, packed)
+
+
+def _kernel_supports(config: HoloConfig) -> bool:
+    """Whether the Hopper kernels take this memory (``holo_jax.kernels.hopper.unsupported``)."""
+    return (
+        config.memory_backend != "portable"
+        and config.binding == "outer"
+        and config.memory_method == "chunked"
+        and config.chunk_size in (0, 64)
+        and config.precision.storage in ("bfloat16", "float16")
+        and 2 * config.phasors in _KERNEL_WIDTHS
+        and config.head_dim in _KERNEL_WIDTHS
+    )
+
+
+class _Kept(NamedTuple):
+    """Bytes that the forward pass keeps.
+
+    Attributes:
+      stacked: of the blocks, over depth.
+      materialised: those of them that are written to memory when a block is computed again. Steps between two
+        arrays of the storage dtype are element-wise, so the compiler fuses them; scores of pairs are not.
+      outside: before and after the blocks.
+    """
+
+    stacked: int
+    materialised: int
+    outside: int
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(config: HoloConfig, rows: int, length: int, packed: bool) -> _Kept:
+    functions = model_functions(config)
+    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    weights = (config.hidden_size, config.vocab_size)
+    attends = "attention" in config.layer_kinds
+
+    def loss(params: Any, tokens: Any, segments: Any) -> Any:
+        segments = segments if packed else None
+        return functions.model(params)(tokens, labels=tokens, segment_ids=segments).loss_sum
+
+    stacked = materialised = 0
+    outside: dict[tuple[int, ...], int] = {}
+    for leaf in _residuals(loss, functions.shapes, ids, ids):
+        size = _bytes(leaf)
+        if leaf.shape[:1] == (config.num_periods,):
+            pairs = attends and leaf.ndim > 4 and leaf.shape[-2:] == (length, length)
+            if pairs and not packed:
+                continue  # without segments attention runs by a kernel, which keeps no scores
+            stacked += size
+            materialised += size if pairs or leaf.dtype == config.precision.storage else 0
+        elif leaf.shape != weights:  # the output weights' gradient is counted as such
+            # Wide and narrow forms of one array are one.
+            outside[leaf.shape] = min(size, outside.get(leaf.shape, size))
+    return _Kept(stacked, materialised, sum(outside.values()))
+
+
+@functools.lru_cache(maxsize=64)
+def _memory_op(config: HoloConfig, rows: int, length: int, packed: bool) -> int:
+    """Bytes that the portable form of one layer's memory keeps for its own backward pass."""
+    h, m, d = config.num_heads, config.key_dim, config.head_dim
+    shape = lambda *tail: jax.ShapeDtypeStruct((rows, length, h, *tail), jnp.float32)  # noqa: E731
+    values = jax.ShapeDtypeStruct((rows, length, h, d), jnp.dtype(config.precision.storage))
+    inputs = [shape(m), shape(m), values, shape()]
+    inputs += [shape()] if config.erase else []
+    segments = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+
+    def read(inputs: Any, segments: Any) -> Any:
+        return accumulate(
+            *inputs,
+            binding=config.binding,
+            method=config.memory_method,
+            segment_ids=segments if packed else None,
+            chunk_size=config.chunk_size or None,
+        )[0]
+
+    return sum(_bytes(leaf) for leaf in _residuals(read, inputs, segments))
+
+
+def _residuals(function: Any, differentiated: Any, *others: Any) -> list[Any]:
+    """Shapes of what the vjp of ``function`` keeps, its inputs and constants excepted, each once."""
+
+    def backward(differentiated: Any, *others: Any) -> Any:
+        return jax.tree.leaves(jax.vjp(lambda x: function(x, *others), differentiated)[1])
+
+    traced = jax.make_jaxpr(backward)(differentiated, *others).jaxpr
+    given = {*traced.invars, *traced.constvars}
+    kept = dict.fromkeys(v for v in traced.outvars if not isinstance(v, Literal))
+    return [variable.aval for variable in kept if variable not in given]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Shard(HoloConfig):
+    """The part of a model that one device of ``ways`` along the tensor axis computes."""
+
+    ways: int = 1
+
+    @property
+    def mlp_dim(self) -> int:
+        return super().mlp_dim // self.ways
+
+    def replace(self, **changes: Any) -> "_Shard":
+        if changes.get("mixer") == "attention":  # an anchor, whose width is that of the whole model
+            changes["hd_dim"] = changes["hd_dim"] // self.ways
+        return dataclasses.replace(self, **changes)
+
+
+def _shard(config: HoloConfig, ways: int) -> HoloConfig:
+    if ways == 1:
+        return config
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(HoloConfig)}
+    divided = {"hd_dim": config.hd_dim // ways, "vocab_size": config.vocab_size // ways}
+    return _Shard(**fields | divided, ways=ways)
+
+
+def _blocks(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree["model"]["periods"])
+
+
+def _divided(shapes: Any, shardings: Any) -> int:
+    """Bytes on one device."""
+    sizes = jax.tree.map(
+        lambda leaf, at: math.prod(at.shard_shape(leaf.shape)) * leaf.dtype.itemsize, shapes, shardings
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def _bytes(leaf: Any) -> int:
+    return leaf.size * leaf.dtype.itemsize
+
+
+def _itemsize(dtype: str) -> int:
+    return jnp.dtype(dtype).itemsize
