@@ -1,4 +1,4 @@
-"""The planner: its bytes against compiled programs, its communication against hand counts, its command line."""
+"""The planner: bytes against compiled programs, communication against hand counts, the command line."""
 
 import dataclasses
 import json
@@ -38,9 +38,9 @@ def abstract(*sizes: int) -> AbstractMesh:
 
 ONE = abstract(1, 1, 1, 1)
 
-# GiB that XLA planned for a step (arguments, outputs that are no arguments, temporaries), one NVIDIA H100, jax
-# 0.11.2, 2026-11-24: eval.speed, parts "train", NAME@2048 remat=dots, 12 layers, width 1024, vocabulary 32,000,
-# 16 rows without segments, AdamW.
+# GiB that XLA planned for a step (arguments, outputs that are no arguments, temporaries): one NVIDIA H100,
+# jax 0.11.2, 2026-11-24, eval.speed, part "train", NAME@2048 remat=dots; 12 layers, width 1024, vocabulary
+# 32,000, 16 rows without segments, AdamW.
 PLANNED = {"holo_sum": 13.163, "holo": 13.187, "attention": 12.062, "seed": 11.100}
 
 
@@ -55,7 +55,7 @@ def test_the_peak_is_within_a_tenth_of_what_was_planned_on_a_gpu(name: str) -> N
 
 
 def deep_config(preset: str, remat: str, rows: int, length: int, parts: int) -> RunConfig:
-    """Deep and narrow, so that what is kept over depth dominates; float32, as a CPU has no bfloat16 product."""
+    """Deep and narrow, so that what is kept dominates; float32, as a CPU has no bfloat16 products."""
     return micro_config(
         global_batch_size=rows * parts,
         context_length=length,
@@ -248,7 +248,7 @@ def answers(tmp_path_factory):
         [
             sys.executable,
             "-c",
-            DRIVER.replace("train.main", "train.plan").replace("train.loop", "train.planning"),
+            DRIVER.replace("train.main", "train.plan").replace("train.loop", "train.planning.estimate"),
         ],
         input=json.dumps([arguments for arguments, _, _ in CASES]),
         capture_output=True,

@@ -5,7 +5,7 @@ Three shapes of the default model on 64 to 4,096 devices. Nothing is traced or c
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from jax.sharding import AbstractMesh, AxisType
 
@@ -98,6 +98,34 @@ def axis_table() -> Iterator[str]:
             yield f"| {shape.name} | {name} | {' | '.join(cells)} | {found.compute * 1e3:.0f} ms |"
 
 
+def limit_table() -> Iterator[str]:
+    """Where communication takes as long as computation, with nothing hidden."""
+    yield "| shape | data 8 / 64 / 8 over fsdp 8 | fsdp 8 / 64 | seq 8 / 64 / 512, states alone | tensor |"
+    yield "|---|---|---|---|---|"
+    for shape in SHAPES:
+
+        def seconds(sizes: tuple[int, ...], name: str, length: int, shape: Shape = shape) -> Step:
+            found = step(run_config(shape, sizes[0] * sizes[1], length * sizes[2]), sizes)
+            return dataclasses.replace(found, sent=[one for one in found.sent if name in one.what])
+
+        def tokens(sizes: tuple[int, ...], name: str) -> int:
+            # Neither depends on the length, so a token's computation tells how many it takes.
+            found = seconds(sizes, name, ROW)
+            needed = sum(one.seconds for one in found.sent) / (found.compute / ROW)
+            return int(float(f"{needed:.2g}"))
+
+        cells = [
+            " / ".join(f"{tokens(sizes, name):,}" for sizes in forms)
+            for name, forms in (
+                ("gradients, all-reduce", [(8, 1, 1, 1), (64, 1, 1, 1), (8, 8, 1, 1)]),
+                ("weights", [(1, 8, 1, 1), (1, 64, 1, 1)]),
+                ("state", [(1, 1, 8, 1), (1, 1, 64, 1), (1, 1, 512, 1)]),
+            )
+        ]
+        ways = [n for n in (1, 2, 4, 8) if min(seconds((1, 1, 1, n), "activations", ROW).efficiency) >= 0.5]
+        yield f"| {shape.name} | {' | '.join(cells)} | {ways[-1]} |"
+
+
 def state_table() -> Iterator[str]:
     """What one part of a sequence tells the others, in a layer and row, beside what attention would."""
     yield "| shape | state of a part | keys and values of attention, 32,768 tokens a part |"
@@ -135,8 +163,9 @@ def size_table(fixed_batch: bool) -> Iterator[str]:
             )
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "axes": axis_table,
+    "limits": limit_table,
     "states": state_table,
     "weak": lambda: size_table(fixed_batch=False),
     "strong": lambda: size_table(fixed_batch=True),
