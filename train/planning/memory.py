@@ -186,7 +186,7 @@ def _portable_working(config: HoloConfig, rows: int, length: int, packed: bool) 
 def _kernel_supports(config: HoloConfig) -> bool:
     """Whether the Hopper kernels take this memory (``holo_jax.kernels.hopper.unsupported``)."""
     return (
-        config.memory_backend != "portable"
+        config.memory_backend in ("auto", "hopper")
         and config.binding == "outer"
         and config.memory_method == "chunked"
         and config.chunk_size in (0, 64)

@@ -1,4 +1,6 @@
-"""The tables of docs/scaling.md, from the planner's communication: ``python -m train.planning.scaling``.
+"""The tables of docs/scaling.md, from the planner's communication.
+
+``python -m train.planning.scaling`` writes them into the document anew, under their marks.
 
 Three shapes of the default model on 64 to 4,096 devices. Nothing is traced or compiled.
 """
@@ -6,6 +8,7 @@ Three shapes of the default model on 64 to 4,096 devices. Nothing is traced or c
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from jax.sharding import AbstractMesh, AxisType
 
@@ -18,6 +21,7 @@ from train.planning.operations import operations_per_token, product_parameters
 from train.run_config import RunConfig
 from train.sharding import MESH_AXES
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
 TOKENS = 32_768  # of a device and step, where it is not the global batch that is fixed
 BATCH_TOKENS = 4 * 2**20
 ROW = 4096
@@ -177,6 +181,17 @@ def text(name: str) -> str:
     return "\n".join(TABLES[name]())
 
 
-if __name__ == "__main__":
+def filled(document: str) -> str:
+    """``document`` with each table anew under its mark, ``<!-- NAME -->``."""
     for name in TABLES:
-        print(f"<!-- {name} -->\n{text(name)}\n")
+        mark = f"<!-- {name} -->\n"
+        before, found, after = document.partition(mark)
+        if not found:
+            raise ValueError(f"the document has no line {mark.strip()}")
+        rest = after.partition("\n\n")[2]
+        document = f"{before}{mark}{text(name)}\n\n{rest}"
+    return document
+
+
+if __name__ == "__main__":
+    DOCUMENT.write_text(filled(DOCUMENT.read_text()))
