@@ -19,11 +19,10 @@ from jax.sharding import AbstractMesh
 
 from holo_jax.config import HoloConfig
 from holo_jax.functional import accumulate
-from train.errors import MeshError
 from train.model_functions import model_functions
 from train.optimizer import make_optimizer
 from train.run_config import RunConfig
-from train.sharding import check_batch, optimizer_shardings, parameter_shardings
+from train.sharding import check_batch, check_model, optimizer_shardings, parameter_shardings
 
 _KERNEL_WIDTHS = (64, 128)
 
@@ -92,13 +91,12 @@ def estimate_memory(
       packed: whether rows have segment ids, as in training.
 
     Raises:
-      MeshError: if batch or parameters do not divide over the mesh.
+      MeshError: if batch, heads or parameters do not divide over the mesh.
     """
     check_batch(mesh, config.global_batch_size, config.accumulation_steps, config.context_length)
+    check_model(mesh, config.model, config.context_length)
     model, sizes = config.model, mesh.shape
     tensor, fsdp = sizes["tensor"], sizes["fsdp"]
-    if model.num_heads % tensor:
-        raise MeshError(f"model has {model.num_heads} heads; they must be a multiple of mesh.tensor {tensor}")
     functions = model_functions(model)
     params_at = parameter_shardings(mesh, functions.axes, functions.shapes)
     optimizer = make_optimizer(config.optimizer, config.num_steps, functions.axes)
