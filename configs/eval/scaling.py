@@ -16,7 +16,7 @@ _VARIANTS = {
         vocab=32000,
         # AXIS@LENGTH: rows a device (total with strong=1); along seq, tokens of the whole sequence.
         cases=(
-            "data@4096 rows=8 unroll=12",
+            "data@4096 rows=8",
             "fsdp@4096 rows=8",
             "fsdp@4096 rows=8 unroll=12",
             "seq@65536",
