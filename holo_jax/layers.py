@@ -11,6 +11,7 @@ from jax import lax
 from holo_jax import kernels
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.config import HoloConfig
+from holo_jax.functional.gradient_once import gradient_once
 from holo_jax.parallel import layout, sharded, tensor_axis
 
 Axes = tuple[str | None, ...]
@@ -52,7 +53,7 @@ class Linear(nnx.Module):
             self.weight[...].astype(self.storage),
             preferred_element_type=jnp.dtype(out_dtype or self.storage),
         )
-        return y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None]
+        return gradient_once(y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None])
 
 
 class JoinedLinear(nnx.Module):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Float
+from holo_jax.functional.gradient_once import gradient_once
 from holo_jax.kernels import hopper
 from holo_jax.kernels.capability import partitioned
 
@@ -61,4 +62,5 @@ def swiglu(
 
 
 def _product(x: Array, weight: Array) -> Array:
-    return jnp.einsum("bti,io->bto", x, weight.astype(x.dtype), preferred_element_type=x.dtype)
+    product = jnp.einsum("bti,io->bto", x, weight.astype(x.dtype), preferred_element_type=x.dtype)
+    return gradient_once(product)
