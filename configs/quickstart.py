@@ -33,6 +33,7 @@ def get_config() -> ConfigDict:
     config.model.phase_scale = 0.7
     config.model.value_conv = 4
     config.model.chunk_size = 32
+    config.model.scan_unroll = 4
 
     config.optimizer.name = "muon"
     config.optimizer.learning_rate = 0.02
@@ -41,9 +42,10 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_steps = 40
     config.optimizer.final_ratio = 0.02
 
-    config.eval.every_steps = 100
-    config.eval.num_batches = 4
-    config.eval.global_batch_size = 16
+    config.eval.every_steps = 250
+    config.eval.num_batches = 8
+    config.eval.global_batch_size = 4  # more at a time leaves the caches of a CPU
+    config.eval.context_length = 2048  # longer than in training: a memory that does not grow reads on
     config.eval.heldout_summary = True
     config.eval.sample_tokens = 300
     config.eval.sample_prompt = "def "
