@@ -7,6 +7,8 @@ BIN = $(VENV)/bin
 LOCK = $(shell $(PYTHON) -c 'import sys; print("requirements/python3.%d.txt" % min(12, sys.version_info[1]))' 2>/dev/null)
 STAMP = $(VENV)/.ready-$(shell cat pyproject.toml $(LOCK) 2>/dev/null | cksum | cut -d' ' -f1)
 RUN ?= runs/quickstart
+# XLA on CPUs allocates the temporary memory of every step anew; in huge pages that is 80 faults a step less in 100.
+HUGE_PAGES = GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-cuda train test lint types tests faults lock clean
@@ -15,7 +17,7 @@ help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 train: setup ## set up, then train the quickstart model on this machine's own Python sources
-	$(BIN)/python -m train.main --config=configs/quickstart.py --workdir=$(RUN)
+	$(HUGE_PAGES) $(BIN)/python -m train.main --config=configs/quickstart.py --workdir=$(RUN)
 
 test: setup lint types tests ## set up, then lint, check types and run all tests
 

@@ -10,7 +10,6 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from train.errors import EXIT_PREEMPTED, TrainError, UsageError
-from train.host_memory import keep_freed_memory
 from train.run_config import RunConfig
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration; fields by --config.FIELD=VALUE.")
@@ -48,7 +47,6 @@ def main(arguments: list[str]) -> None:
     """Runs the training asked for and exits with the codes of ``train.errors``."""
     logging.set_verbosity(logging.FATAL)  # orbax's errors reach us as exceptions, said in one line
     config, workdir = _request(arguments[1:])
-    keep_freed_memory()
     from train.loop import train  # after the flags: a typo is answered without waiting for imports
 
     sys.exit(EXIT_PREEMPTED if train(config, workdir, accept=_ACCEPT.value).stopped_by else 0)
