@@ -163,7 +163,9 @@ def test_triton_is_chosen_only_for_what_it_supports(monkeypatch, change, capabil
     monkeypatch.setattr(triton, "partitioned", lambda: False)
     asked = call(**change)
     if reason is None:
-        assert kernels.choose(asked, "triton") == "triton"
+        assert kernels.choose(asked, "triton") == kernels.choose(asked) == "triton"
+        with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+            assert kernels.choose(asked, "triton") == "triton" and kernels.choose(asked) == "portable"
         return
     assert kernels.choose(asked) != "triton"
     with pytest.raises(BackendUnavailableError, match=reason):
