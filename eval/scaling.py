@@ -124,6 +124,9 @@ class Settings:
     def __post_init__(self) -> None:
         for text in self.cases:
             parse_case(text)
+        for name in ("layers", "width", "vocab", "samples", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for text in self.options:
             if "=" not in text:
                 raise ValueError(f"options names {text!r}; it must be NAME=VALUE")

@@ -1,6 +1,7 @@
-"""Every command line but train.main's: bad input is one clear line and exit code 2, and nothing is written.
+"""Every command line but two: bad input is one clear line and exit code 2, and nothing is written.
 
-``tests/train/test_main.py`` does the same for ``train.main``, whose flags belong to a process.
+``tests/train/test_main.py`` and ``test_plan.py`` do the same for ``train.main`` and ``train.plan``, whose flags
+belong to a process.
 """
 
 import importlib
@@ -23,6 +24,7 @@ EVALUATIONS = {
     "perplexity": ("rows=x", "documents=-1"),
     "recall": ("width=x", "test_rows=0"),
     "ruler": ("lengths=4", "samples=0"),
+    "scaling": ("width=1.5", "samples=0"),
     "speed": ("width=1.5", "samples=0"),
 }
 OF_A_CHECKPOINT = ("harness", "perplexity", "ruler")
@@ -82,6 +84,7 @@ OTHERS = {
         (["--run=run", "--prompt=a", "--seed=-1"], "--seed is -1"),
         (["--run=run", "--prompt=a", "--top-k=x"], "--top-k"),
     ],
+    "train.planning.scaling": [(["--out=new"], "--out=new")],
     "eval.report": [
         ([], "RUN"),
         (["absent"], "absent"),
@@ -172,4 +175,4 @@ def test_every_command_is_here() -> None:
     for path in [*(root / "eval").glob("*.py"), *(root / "train").rglob("*.py")]:
         if 'if __name__ == "__main__"' in path.read_text():
             found.add(path.relative_to(root).with_suffix("").as_posix().replace("/", "."))
-    assert found == {"train.main", *OTHERS, *(f"eval.{name}" for name in EVALUATIONS)}
+    assert found == {"train.main", "train.plan", *OTHERS, *(f"eval.{name}" for name in EVALUATIONS)}

@@ -8,6 +8,7 @@ import time
 import jax
 import pytest
 
+from tests.faults import kills
 from tests.train import child
 from tests.train.common import Quiet, micro_config, read_curve
 from train.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_PREEMPTED
@@ -86,3 +87,7 @@ def test_a_stall_ends_with_all_stacks(tmp_path) -> None:
     text = child.output(workdir)
     assert code == EXIT_FAILED, text
     assert "Timeout (0:00:03)!" in text and "in wrapped" in text and "in _train_steps" in text
+
+
+def test_ten_kills_at_random_moments_change_no_bit(tmp_path) -> None:
+    assert kills.run(tmp_path, kills=10, seed=1) == []

@@ -90,6 +90,22 @@ def test_padding_changes_nothing() -> None:
 
 
 @pytest.mark.devices(8)
+@pytest.mark.parametrize(
+    ("preset", "sizes"),
+    [("holo", {"data": 8}), ("holo", {"fsdp": 8}), ("seed", {"data": 2, "fsdp": 2, "tensor": 2})],
+)
+def test_eight_devices_equal_one(preset: str, sizes: dict[str, int]) -> None:
+    config = micro_config(model__preset=preset, **{f"mesh__{name}": size for name, size in sizes.items()})
+    one_state, one = run(one_device(), 4, config=config)
+    state, eight = run(make_mesh(config.mesh), 4, config=config)
+    for a, b in zip(one, eight, strict=True):
+        assert abs(a.loss - b.loss) < 1e-5
+        np.testing.assert_allclose(a.grad_norm, b.grad_norm, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(one_state.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.devices(8)
 def test_initialisation_does_not_depend_on_the_mesh() -> None:
     states = []
     for mesh in (one_device(), make_mesh(micro_config(mesh__fsdp=8).mesh)):

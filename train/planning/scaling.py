@@ -7,6 +7,7 @@ Three shapes of the default model on 64 to 4,096 devices. Nothing is traced or c
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -193,5 +194,15 @@ def filled(document: str) -> str:
     return document
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> int:
+    """Writes the tables into the document; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments:
+        print(f"train.planning.scaling: {arguments[0]} is not expected; it takes nothing", file=sys.stderr)
+        return 2
     DOCUMENT.write_text(filled(DOCUMENT.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
