@@ -1,7 +1,7 @@
 """Every command line but two: bad input is one clear line and exit code 2, and nothing is written.
 
-``tests/train/test_main.py`` and ``test_plan.py`` do the same for ``train.main`` and ``train.plan``, whose flags
-belong to a process.
+``tests/train/test_main.py`` and ``test_plan.py`` do the same for ``train.main`` and ``train.plan``, whose
+flags belong to a process.
 """
 
 import importlib
