@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -160,6 +161,26 @@ def test_resumes_after_kill_9(tmp_path: Path) -> None:
     assert "shards are finished and intact" in again.stdout
     assert prepare.main([*command[3:-2], "--workers=1", f"--out={tmp_path / 'whole'}"]) == 0
     assert tree(tmp_path / "out") == tree(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files may not grow past 100 kB: writing fails as on a full disk, without the rights to make one."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    write_jsonl(source / "train.jsonl", [{"text": f"document {n} " * 100} for n in range(500)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        code = run(source, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert code == 2 and said.splitlines()[-1].startswith(f"error: {out} cannot be written"), said
+    assert "Traceback" not in said and not [path for path in out.iterdir() if ".tmp" in path.name]
+    assert run(source, out) == 0
+    assert prepare.main([f"--verify={out}"]) == 0
 
 
 def _wait_for_orphans(session: int) -> None:

@@ -1,5 +1,6 @@
 """One input file to one shard."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -119,19 +120,28 @@ def _write(path: Path, records: Iterator[bytes]) -> None:
     written = 0
     try:
         for record in records:
-            try:
-                writer.write(record)
-            except RuntimeError as error:
-                raise ShardError(f"cannot write {path}: {error}") from error
+            _say_where(path, writer.write, record)
             written += 1
-    finally:
+    except BaseException:
         if writer.ok():
-            writer.close()
+            with contextlib.suppress(RuntimeError):
+                writer.close()
+        raise
+    if writer.ok():
+        _say_where(path, writer.close)
     reader = array_record_module.ArrayRecordReader(str(path), READER_OPTIONS)
     found = reader.num_records() if reader.ok() else 0
     reader.close()
     if found != written:
         raise ShardError(f"{path} holds {found} of {written} records written")
+
+
+def _say_where(path: Path, function: Callable[..., Any], *arguments: Any) -> None:
+    """Calls a writer's function; its untyped errors (a full disk) become ``ShardError``."""
+    try:
+        function(*arguments)
+    except RuntimeError as error:
+        raise ShardError(f"{path.parent} cannot be written; finished shards are kept: {error}") from error
 
 
 def _records(
