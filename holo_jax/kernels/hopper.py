@@ -102,9 +102,7 @@ def accumulate(
     gates = jnp.ones((b, t, h), jnp.float32) if call.gates is None else call.gates.astype(jnp.float32)
     if call.erase is None:
         values = call.values if call.gates is None else _scaled(call.values, gates)
-        outputs, state = linear_attention(
-            "simple_gla", queries, keys, values, g=jnp.zeros((b, t, h), jnp.float32), **options
-        )
+        outputs, state = _sum(queries, keys, values, implementation, options)
     elif rule == "gdn2":
         outputs, state = linear_attention(
             "gdn2",
@@ -125,6 +123,28 @@ def accumulate(
     # Named while narrow, so that a rematerialised block keeps it instead of running the kernel twice.
     outputs = checkpoint_name(outputs, READ_NAME).astype(jnp.float32)
     return outputs, MemoryState(memory, jnp.zeros_like(memory), total_writes(call))
+
+
+def _sum(
+    queries: Array, keys: Array, values: Array, implementation: str, options: dict[str, Any]
+) -> tuple[Array, Array]:
+    """The scalar-decay form with decay 1."""
+    if implementation != "mosaic_gpu":
+        from jla.ops import linear_attention
+
+        none = jnp.zeros(values.shape[:3], jnp.float32)
+        return linear_attention("simple_gla", queries, keys, values, g=none, **options)
+    # The kernel's own entry, which takes no decay at all: the public one sums given zeros over each chunk, a
+    # constant that XLA folds for up to 20 s a program.
+    from jla.ops.mosaic_gpu import scalar_gate
+
+    given = {name: value for name, value in options.items() if name != "impl"}
+    reason = scalar_gate.unsupported_reason(queries, keys, values, (), given, delta=False)
+    if reason is not None:
+        raise ValueError(f"values cannot be summed by the kernel of jax-linear-attention: {reason}")
+    return scalar_gate.run(
+        queries, keys, values, None, None, delta=False, **({"initial_state": None} | given)
+    )
 
 
 def _scaled(values: Array, factors: Array) -> Array:

@@ -167,6 +167,26 @@ def test_raised_erase_gates_keep_their_gradient():
     np.testing.assert_array_equal(gradient(jnp.ones(3))[0], np.ones(3))
 
 
+def test_the_kernel_without_erase_is_given_no_decay(monkeypatch):
+    """A cumulative sum of zeros is a constant that XLA folds while compiling, for many seconds."""
+    pytest.importorskip("jla")
+    from jla.ops.mosaic_gpu import scalar_gate
+
+    monkeypatch.setattr(scalar_gate, "is_hopper", lambda: True)
+    shape = (2, 130, 2, 64)
+    values = jnp.ones(shape, jnp.bfloat16)
+    phases = jnp.ones((*shape[:3], 32))
+
+    def total(values, gates):
+        return jnp.sum(hopper.accumulate(Call(phases, phases, values, gates, None, "outer"))[0])
+
+    program = str(jax.make_jaxpr(jax.grad(total))(values, jnp.ones(shape[:3])))
+    assert "wgmma" in program and "cumsum" not in program
+    monkeypatch.setattr(scalar_gate, "is_hopper", lambda: False)
+    with pytest.raises(ValueError, match=r"values cannot be summed .*Hopper"):
+        total(values, None)
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rule", ["sum", "deltanet", "gdn2"])
 def test_mapping_to_the_hopper_kernels_is_exact(rule, packed):
