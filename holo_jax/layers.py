@@ -12,7 +12,18 @@ from holo_jax import kernels
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.config import HoloConfig
 from holo_jax.functional.gradient_once import gradient_once
-from holo_jax.parallel import layout, sharded, tensor_axis
+from holo_jax.parallel import (
+    PARAMETER_AXES,
+    TENSOR,
+    ambient_mesh,
+    gathering_again,
+    layout,
+    parameter_layout,
+    sharded,
+    summed_over_tensor,
+    tensor_axis,
+    whole,
+)
 
 Axes = tuple[str | None, ...]
 
@@ -40,20 +51,55 @@ class Linear(nnx.Module):
     ) -> None:
         fan_in, fan_out = features
         std = 1 / math.sqrt(fan_in) if std is None else std
-        self.storage = config.precision.storage
+        self.storage, self.axes, self.recomputed = config.precision.storage, axes, config.remat != "none"
         dtype = jnp.dtype(config.precision.params)
         self.weight = parameter(std * jax.random.normal(rngs.params(), features, dtype), axes)
         self.bias = parameter(jnp.full((fan_out,), bias_init, dtype), axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "b t i"], *, out_dtype: str | None = None) -> Float[Array, "b t o"]:
         """Applies the map; the product's operands have the storage dtype, its result ``out_dtype``."""
+        return _apply((self,), x, (out_dtype,))[0]
+
+    @property
+    def parameters(self) -> tuple[Array, Array | None]:
+        """Weight and bias."""
+        return self.weight[...], None if self.bias is None else self.bias[...]
+
+    def product(self, x: Array, parameters: tuple[Array, Array | None], out_dtype: str | None) -> Array:
+        """The map with these parameters, which on a mesh are one device's parts."""
+        weight, bias = parameters
         y = jnp.einsum(
             "bti,io->bto",
             x.astype(self.storage),
-            self.weight[...].astype(self.storage),
+            whole(weight, self.axes, self.storage).astype(self.storage),
             preferred_element_type=jnp.dtype(out_dtype or self.storage),
         )
-        return gradient_once(y if self.bias is None else y + self.bias[...].astype(y.dtype)[None, None])
+        if _on_tensor(self.axes[0]):
+            y = summed_over_tensor(y)
+        return gradient_once(y if bias is None else y + bias.astype(y.dtype)[None, None])
+
+
+def _apply(maps: tuple[Linear, ...], x: Array, out_dtypes: tuple[str | None, ...]) -> tuple[Array, ...]:
+    """Linear maps of one input; on a mesh by parts, whose gradients of the input are summed once for all."""
+
+    def own(x: Array, parameters: tuple[Any, ...]) -> tuple[Array, ...]:
+        every = zip(maps, parameters, out_dtypes, strict=True)
+        return tuple(one.product(x, given, dtype) for one, given, dtype in every)
+
+    if ambient_mesh() is None:
+        return own(x, tuple(one.parameters for one in maps))
+    parameters_at = tuple(
+        (parameter_layout(one.axes), None if one.bias is None else parameter_layout(one.axes[1:]))
+        for one in maps
+    )
+    results = tuple(layout("b t h" if _on_tensor(one.axes[1]) else "b t _") for one in maps)
+    rows = layout("b t h" if _on_tensor(maps[0].axes[0]) else "b t _")
+    own = own if maps[0].recomputed else gathering_again(own)
+    return sharded(own, (rows, parameters_at), results)(x, tuple(one.parameters for one in maps))
+
+
+def _on_tensor(name: str | None) -> bool:
+    return name is not None and PARAMETER_AXES[name] == TENSOR
 
 
 class JoinedLinear(nnx.Module):
@@ -89,7 +135,8 @@ def project(
     """
     joined: JoinedLinear | None = getattr(module, "joined", None)
     if joined is None:
-        return {name: getattr(module, name)(x, out_dtype=dtype) for name, dtype in out_dtypes.items()}
+        maps = tuple(getattr(module, name) for name in out_dtypes)
+        return dict(zip(out_dtypes, _apply(maps, x, tuple(out_dtypes.values())), strict=True))
     results = {}
     for name, y in joined(x).items():
         bias = getattr(module, name).bias
@@ -157,10 +204,11 @@ class Denoiser(nnx.Module):
     def __call__(self, x: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
         """Applies the denoiser."""
         if self.gate is not None and getattr(self, "joined", None) is None:
-            weights = (layer.weight[...] for layer in (self.gate, self.up, self.down))
-            spread, joined = layout("_ h"), layout("h _")
-            own = sharded(self._gated, (layout("b t"), spread, spread, joined), layout("b t"))
-            return own(x.astype(self.down.storage), *weights)
+            maps = (self.gate, self.up, self.down)
+            weights_at = tuple(parameter_layout(one.axes) for one in maps)
+            gated = self._gated if self.down.recomputed else gathering_again(self._gated)
+            own = sharded(gated, (layout("b t"), *weights_at), layout("b t"))
+            return own(x.astype(self.down.storage), *(one.weight[...] for one in maps))
         results = project(self, x, self.maps)
         hidden = results["up"]
         if self.gate is not None:
@@ -170,24 +218,27 @@ class Denoiser(nnx.Module):
         return self.down(hidden)
 
     def _gated(self, x: Array, gate: Array, up: Array, down: Array) -> Array:
-        y = kernels.swiglu(x, gate, up, down, backend=self.backend)
-        axis = tensor_axis()
-        return y if axis is None else lax.psum(y, axis)
+        inner, outer = ("embed", "mlp"), ("mlp", "embed")
+        weights = (whole(w, axes, x.dtype) for w, axes in ((gate, inner), (up, inner), (down, outer)))
+        return summed_over_tensor(kernels.swiglu(x, *weights, backend=self.backend))
 
 
 def lookup(table: Float[Array, "v e"], ids: Int[Array, "b t"], dtype: str) -> Float[Array, "b t e"]:
     """Rows of an embedding table in ``dtype``; on a mesh each device looks in its part of the vocabulary."""
 
+    axes = ("vocab", "embed")
+
     def own(table: Array, ids: Array) -> Array:
         axis = tensor_axis()
+        table = whole(table, axes, dtype)
         if axis is None:
             return table[ids].astype(dtype)
         ids = ids - lax.axis_index(axis) * table.shape[0]
         here = (ids >= 0) & (ids < table.shape[0])
         found = table[jnp.where(here, ids, 0)].astype(dtype)
-        return lax.psum(jnp.where(here[..., None], found, jnp.zeros((), dtype)), axis)
+        return summed_over_tensor(jnp.where(here[..., None], found, jnp.zeros((), dtype)))
 
-    return sharded(own, (layout("h"), layout("b t")), layout("b t"))(table, ids)
+    return sharded(own, (parameter_layout(axes), layout("b t")), layout("b t"))(table, ids)
 
 
 def residual_std(config: HoloConfig, fan_in: int) -> float:

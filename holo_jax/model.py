@@ -24,6 +24,7 @@ from holo_jax.sequence import (
 _KERNEL_PRIMITIVES = frozenset(
     ("pallas_call", "mpmd_map", "custom_vmap_call", "dot_product_attention_fwd_wrapper")
 )
+_SUM_PRIMITIVES = frozenset(("psum", "psum_invariant"))
 
 
 class ModelState(NamedTuple):
@@ -327,9 +328,12 @@ def _remat(body: Any, policy: str, *, unrolled: bool) -> Any:
 
 
 def _made_by_a_kernel(primitive: Any, *avals: Any, **parameters: Any) -> bool:
-    """A rematerialisation policy: Pallas kernels, bare or with a batching rule, and attention of cuDNN."""
+    """A rematerialisation policy: Pallas kernels, bare or with a batching rule, and attention of cuDNN.
+
+    And what devices have summed, in place of the product they summed.
+    """
     del avals, parameters
-    return primitive.name in _KERNEL_PRIMITIVES
+    return primitive.name in _KERNEL_PRIMITIVES | _SUM_PRIMITIVES
 
 
 def _context(

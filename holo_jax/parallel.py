@@ -1,17 +1,20 @@
-"""The device mesh as the model sees it: its axes by name, and how activations lie on them.
+"""The device mesh as the model sees it: its axes by name, how parameters and activations lie on them.
 
 The model runs on whatever mesh is ambient while it is traced (``on_mesh``, or ``jax.set_mesh``); without
-one, or on a mesh of one device, nothing here leaves a trace in the program. Most of the model is left to the
-compiler, which needs to be told only where activations lie (``constrain``). What mixes tokens, and what calls
-kernels, is written per device (``sharded``): rows over ``data`` and ``fsdp``, time over ``seq``, heads over
-``tensor``.
+one, or on a mesh of one device, nothing here leaves a trace in the program. What is element-wise is left to
+the compiler, which needs to be told only where activations lie (``constrain``). What mixes tokens, calls
+kernels or multiplies by a parameter is written per device (``sharded``), so that what is sent is what is
+written: rows over ``data`` and ``fsdp``, time over ``seq``, heads over ``tensor``, and matrices gathered over
+``fsdp`` where they are used (``whole``).
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
@@ -22,6 +25,18 @@ DATA, FSDP, SEQ, TENSOR = MESH_AXES = ("data", "fsdp", "seq", "tensor")
 BATCH_AXES = (DATA, FSDP)
 Tree = Any
 
+# Logical axis of a parameter -> mesh axis. A name missing here is an error, None is on no axis.
+PARAMETER_AXES: Mapping[str, str | None] = {
+    "layers": None,
+    "embed": FSDP,
+    "heads": TENSOR,
+    "mlp": TENSOR,
+    "vocab": TENSOR,
+}
+
+_COPIES = frozenset(
+    ("all_gather", "convert_element_type", "broadcast_in_dim", "concatenate", "reshape", "transpose")
+)
 _LAYOUT: dict[str, Any] = {"b": BATCH_AXES, "t": SEQ, "h": TENSOR, "_": None}
 
 
@@ -31,6 +46,20 @@ def layout(names: str) -> P:
     Dimensions that are not named are whole on every device.
     """
     return P(*(_LAYOUT[name] for name in names.split()))
+
+
+def parameter_layout(axes: tuple[str | None, ...]) -> P:
+    """Mesh axes of a parameter from the names of its dimensions.
+
+    A mesh axis may appear once: a later dimension of the same kind stays whole. Vectors are not divided over
+    ``fsdp``: to gather so few numbers takes longer than to hold them saves.
+    """
+    vector = len([name for name in axes if name != "layers"]) < 2
+    found: list[str | None] = []
+    for name in axes:
+        target = None if name is None else PARAMETER_AXES[name]
+        found.append(None if target in found or (vector and target == FSDP) else target)
+    return P(*found)
 
 
 def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
@@ -51,20 +80,79 @@ def ambient_mesh() -> AbstractMesh | None:
 
 def sequence_axis() -> str | None:
     """``"seq"`` where this code runs per device on a part of the sequence, None where it sees all of it."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or SEQ not in mesh.axis_names or mesh.shape[SEQ] == 1:
-        return None
-    manual = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[SEQ] == AxisType.Manual
-    return SEQ if manual else None
+    return _divided(SEQ)
 
 
 def tensor_axis() -> str | None:
     """``"tensor"`` where this code runs per device on a part of the heads or vocabulary, else None."""
+    return _divided(TENSOR)
+
+
+def _divided(axis: str) -> str | None:
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or TENSOR not in mesh.axis_names or mesh.shape[TENSOR] == 1:
+    if mesh.empty or axis not in mesh.axis_names or mesh.shape[axis] == 1:
         return None
-    manual = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[TENSOR] == AxisType.Manual
-    return TENSOR if manual else None
+    manual = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))[axis] == AxisType.Manual
+    return axis if manual else None
+
+
+def whole(weight: Array, axes: tuple[str | None, ...], dtype: Any) -> Array:
+    """A device's part of a parameter in one piece along ``fsdp``; itself where nothing is divided along it.
+
+    For use inside ``sharded``, by products whose operands have ``dtype``: the parts are rounded to it before
+    they are sent, which halves what bfloat16 products gather. The result has the parameter's dtype, and so
+    has its gradient, which is summed over ``fsdp`` in that dtype and divided again in one exchange.
+
+    Args:
+      weight: this device's part of the float32 master.
+      axes: logical names of its dimensions.
+      dtype: of the products.
+    """
+    spec = parameter_layout(axes)
+    if _divided(FSDP) is None or FSDP not in spec:
+        return weight
+    return _gathered(weight, spec.index(FSDP), jnp.dtype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(weight: Array, dimension: int, dtype: Any) -> Array:
+    return _gathered_fwd(weight, dimension, dtype)[0]
+
+
+def _gathered_fwd(weight: Array, dimension: int, dtype: Any) -> tuple[Array, None]:
+    parts = lax.all_gather(weight.astype(dtype), FSDP, axis=dimension, tiled=True)
+    return parts.astype(weight.dtype), None
+
+
+def _gathered_bwd(dimension: int, dtype: Any, _: None, gradient: Array) -> tuple[Array]:
+    return (lax.psum_scatter(gradient, FSDP, scatter_dimension=dimension, tiled=True),)
+
+
+_gathered.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+@jax.custom_vjp
+def summed_over_tensor(x: Array) -> Array:
+    """The sum over ``tensor`` of what its devices found, inside ``sharded``; itself where it is not divided.
+
+    Every device receives the same sum, and with it the same gradient, so going back needs no exchange. The
+    transposed ``lax.psum`` would make one: ``jax.shard_map`` hands each of n devices 1/n of the gradient of a
+    result that they share, for such sums to add up again.
+    """
+    return _summed_fwd(x)[0]
+
+
+def _summed_fwd(x: Array) -> tuple[Array, None]:
+    axis = tensor_axis()
+    return x if axis is None else lax.psum(x, axis), None
+
+
+def _summed_bwd(_: None, gradient: Array) -> tuple[Array]:
+    axis = tensor_axis()
+    return (gradient if axis is None else gradient * lax.axis_size(axis),)
+
+
+summed_over_tensor.defvjp(_summed_fwd, _summed_bwd)
 
 
 def constrain(x: Array, names: str) -> Array:
@@ -86,6 +174,23 @@ def sharded(function: Callable[..., Any], arguments: Tree, results: Tree) -> Cal
     if mesh is None:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
+
+
+def gathering_again(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` for ``sharded``, which gathers again (``whole``) when it is differentiated.
+
+    For products outside of any ``jax.checkpoint``: they would keep the gathered weights of every layer.
+    """
+    mesh = ambient_mesh()
+    if mesh is None or mesh.shape[FSDP] == 1:
+        return function
+    return jax.checkpoint(function, policy=_not_gathered)
+
+
+def _not_gathered(primitive: Any, *avals: Any, **parameters: Any) -> bool:
+    """A rematerialisation policy: everything but what is gathered, and its copies in other forms."""
+    del avals, parameters
+    return primitive.name not in _COPIES
 
 
 def check_divides(batch: int, time: int) -> None:

@@ -1,7 +1,7 @@
-"""Where every array of a run lives: the device mesh and the rules from logical axes to mesh axes.
+"""Where every array of a run lives: the device mesh, and every array's sharding on it.
 
-The model names the axes of its parameters ("embed", "heads", ...); where its activations lie is said in
-``holo_jax.parallel``, with the names of the mesh axes.
+The model names the axes of its parameters ("embed", "heads", ...); which mesh axis each lies on, and where
+activations lie, is said in ``holo_jax.parallel``.
 """
 
 import math
@@ -14,18 +14,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from holo_jax.config import HoloConfig
-from holo_jax.parallel import BATCH_AXES, FSDP, MESH_AXES, SEQ, TENSOR
+from holo_jax.parallel import BATCH_AXES, MESH_AXES, PARAMETER_AXES, SEQ, TENSOR, parameter_layout
 from train.errors import MeshError
 from train.run_config import MeshConfig
-
-# Logical axis of a parameter -> mesh axis. A name missing here is an error, None is replicated.
-RULES: Mapping[str, str | None] = {
-    "layers": None,
-    "embed": FSDP,
-    "heads": TENSOR,
-    "mlp": TENSOR,
-    "vocab": TENSOR,
-}
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -127,19 +118,19 @@ def parameter_shardings(mesh: Mesh | AbstractMesh, axes: Any, shapes: Any) -> An
         where = path_name(path)
         if len(names) != len(shape.shape):
             raise MeshError(f"{where} has axes {names} for shape {shape.shape}; it needs one a dimension")
-        spec = []
-        for name, size in zip(names, shape.shape, strict=True):
-            if name is not None and name not in RULES:
-                raise MeshError(f"{where} has the axis {name!r}, for which train/sharding.py has no rule")
-            target = RULES[name] if name is not None else None
+        unknown = [name for name in names if name is not None and name not in PARAMETER_AXES]
+        if unknown:
+            raise MeshError(
+                f"{where} has the axis {unknown[0]!r}, for which holo_jax/parallel.py has no rule"
+            )
+        spec = parameter_layout(names)
+        for name, target, size in zip(names, spec, shape.shape, strict=True):
             if target is not None and size % mesh.shape[target]:
                 raise MeshError(
                     f"{where}: axis {name} of size {size} must be a multiple of mesh.{target} "
                     f"= {mesh.shape[target]}"
                 )
-            # A mesh axis may appear once in a spec; a later dimension of the same kind stays whole.
-            spec.append(None if target in spec else target)
-        return NamedSharding(mesh, P(*spec))
+        return NamedSharding(mesh, spec)
 
     return jax.tree_util.tree_map_with_path(one, shapes, axes)
 

@@ -13,7 +13,7 @@ from holo_jax.array_types import Array, Float, Int
 from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
 from holo_jax.kernels import hopper
 from holo_jax.kernels.capability import partitioned
-from holo_jax.parallel import layout, sharded, tensor_axis
+from holo_jax.parallel import layout, parameter_layout, sharded, tensor_axis, whole
 
 _DEPTH = 64
 
@@ -55,7 +55,10 @@ def linear_cross_entropy(
       backend: ``"portable"``, or ``"auto"`` for the kernels where they can run.
     """
 
+    axes = ("embed", "vocab")
+
     def own(hidden: Array, weights: Array, targets: Array) -> Array:
+        weights = whole(weights, axes, hidden.dtype)
         if backend == "auto" and unsupported(hidden, weights, logits_dtype) is None:
             from jla.ops.cross_entropy import linear_cross_entropy_objective
 
@@ -74,5 +77,5 @@ def linear_cross_entropy(
         )
         return total.reshape(1, 1)
 
-    every = sharded(own, (layout("b t"), layout("_ h"), layout("b t")), layout("b t"))
+    every = sharded(own, (layout("b t"), parameter_layout(axes), layout("b t")), layout("b t"))
     return jnp.sum(every(hidden, weights, targets)), jnp.sum(targets != IGNORE)

@@ -1,6 +1,8 @@
 """Every axis of the mesh: equal to one device over twenty steps, and sending no more than it must."""
 
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ from train.run_config import RunConfig
 from train.sharding import MESH_AXES, batch_sharding, check_model, make_mesh, put_batch, replicated
 from train.step import StepFunctions
 
-STEPS, TIME, ROWS = 20, 16, 4
+STEPS, TIME, ROWS = 20, 20, 4
 pytestmark = pytest.mark.devices(8)
 MODELS: dict[str, dict[str, Any]] = {
     "holo": dict(model__preset="holo", model__hd_dim=32, model__remat="full"),
@@ -34,17 +36,17 @@ def config_of(model: str, sizes: tuple[int, ...], **fields: Any) -> RunConfig:
     mesh = {f"mesh__{axis}": size for axis, size in zip(MESH_AXES, sizes, strict=True)}
     fields = dict(global_batch_size=ROWS, num_steps=STEPS, mesh__devices=int(np.prod(sizes))) | fields
     # Sizes of their own for width, heads and time tell in a program what an array is.
-    return micro_config(**MODELS[model], model__hidden_size=24, **mesh, **fields)
+    return micro_config(**{**MODELS[model], "model__hidden_size": 24, **mesh, **fields})
 
 
 def rows(step: int) -> dict[str, np.ndarray]:
-    """A row without borders, and rows with some at, before and after the borders of the parts of 4 or 8."""
+    """A row without borders, and rows with some at, before and after the borders of the parts of 5 or 10."""
     generator = np.random.default_rng(step)
     segments = np.ones((ROWS, TIME), np.int32)
-    for row, cuts in enumerate([(), (4, 5, 11), (8, 15), (3, 12)]):
+    for row, cuts in enumerate([(), (5, 6, 14), (10, 19), (4, 15)]):
         for number, cut in enumerate(cuts):
             segments[row, cut:] = number + 2
-    segments[3, 14:] = 0
+    segments[3, 18:] = 0
     return {"tokens": generator.integers(64, size=(ROWS, TIME), dtype=np.int32), "segment_ids": segments}
 
 
@@ -140,23 +142,77 @@ def test_data_parallel_sums_gradients_and_nothing_else() -> None:
     assert set(sizes_of(found)) <= parameter_sizes(steps) | {()}
 
 
-def test_fsdp_gathers_parameters_and_sums_gradients() -> None:
+def test_fsdp_gathers_parameters_and_scatters_gradients() -> None:
     found, steps = program((1, 4, 1, 1), model__num_hidden_layers=2)
-    assert {one.kind for one in found} <= {"all-gather", "all-reduce", "reduce-scatter"}
-    gathered = [one for one in found if one.kind == "all-gather"]
+    assert {one.kind for one in found} == {"all-gather", "all-reduce", "reduce-scatter"}
     parameters = parameter_sizes(steps)
-    # Inside the loop over layers each layer's parameters are gathered, never those of the whole stack.
-    assert set(sizes_of(gathered)) <= parameters
+    gathered, scattered = (
+        [one for one in found if one.kind == kind] for kind in ("all-gather", "reduce-scatter")
+    )
+    # Inside the loop over layers each layer's matrices are gathered, never those of the whole stack, once
+    # forward and once backward; what is summed comes out divided.
+    assert set(sizes_of(gathered)) <= {shape for shape in parameters if len(shape) == 2}
     assert (24, 64) in sizes_of([one for one in gathered if one.in_loop])
-    assert set(sizes_of([one for one in found if one.kind == "all-reduce"])) <= parameters | {()}
+    assert len(gathered) == 2 * (len(scattered) - 2) + 2
+    assert {math.prod(dims) * 4 for dims in sizes_of(scattered)} == {
+        math.prod(dims) for dims in sizes_of(gathered)
+    }
+    # What is left to be summed whole are vectors, and taps, which no device divides.
+    summed = set(sizes_of([one for one in found if one.kind == "all-reduce"]))
+    assert summed <= {shape for shape in parameters if len(shape) < 2 or 24 not in shape} | {()}
 
 
-def test_tensor_parallel_sums_twice_a_block() -> None:
-    found, _ = program((1, 1, 1, 4))
-    assert {one.kind for one in found} == {"all-reduce"}
-    residual = ("f32", (ROWS, TIME, 24))
-    forward = [one.shapes for one in found if one.in_loop and "transpose" not in one.name]
-    assert [shapes for shapes in forward if residual in shapes] == [(residual,), (residual,)]
+def test_fsdp_gathers_in_the_dtype_of_the_products_and_sums_in_float32() -> None:
+    config = config_of("holo", (1, 4, 1, 1), model__precision__storage="bfloat16")
+    _, steps = build(config.model, config.optimizer, config.num_steps, make_mesh(config.mesh))
+    batch = {name: jax.ShapeDtypeStruct((1, ROWS, TIME), np.int32) for name in ("tokens", "segment_ids")}
+    text = steps.train.lower(steps.shapes, batch).as_text()  # compiled for a CPU, all are float32
+    kinds = ("all_gather", "reduce_scatter")
+    gathered, scattered = (
+        set(re.findall(rf"stablehlo.{kind}.*?-> tensor<[\dx]*x(\w+)>", text, flags=re.DOTALL))
+        for kind in kinds
+    )
+    assert (gathered, scattered) == ({"bf16"}, {"f32"})
+
+
+def test_tensor_parallel_sums_twice_a_block_each_way() -> None:
+    for remat, recomputed in (("dots", 0), ("full", 1)):
+        found, _ = program((1, 1, 1, 4), model__remat=remat, model__num_hidden_layers=2)
+        assert {one.kind for one in found} == {"all-reduce"}
+        residual = ("f32", (ROWS, TIME, 24))
+        forward, backward = (
+            sum(
+                one.shapes.count(residual)
+                for one in found
+                if one.in_loop and ("transpose" in one.name) == transposed
+            )
+            for transposed in (False, True)
+        )
+        assert (forward, backward) == (2, 2 + recomputed), remat
+
+
+@pytest.mark.parametrize("axis", ["fsdp", "tensor"])
+def test_matrices_and_their_moments_are_divided(axis: str) -> None:
+    """In what the compiled program takes and returns; ``fsdp`` leaves taps whole, ``tensor`` nothing."""
+    steps, train = compiled("holo", tuple(4 if name == axis else 1 for name in MESH_AXES))
+    shapes = jax.tree.leaves(steps.shapes)
+    for tree in (train.input_shardings[0][0], train.output_shardings[0]):
+        found = zip(shapes, jax.tree.leaves(tree), strict=True)
+        whole = {leaf.shape for leaf, at in found if at.shard_shape(leaf.shape) == leaf.shape}
+        small = {(1, 4), (1, 4, 16), (1, 4, 8)} if axis == "fsdp" else set()
+        assert whole <= {(), (2,), (24,), (1, 24)} | small
+
+
+@pytest.mark.parametrize("axis", MESH_AXES)
+def test_no_device_holds_the_activations_of_all(axis: str) -> None:
+    """No array over time has as many numbers as the whole residual stream; along ``tensor`` only that has."""
+    _, train = compiled("holo", tuple(4 if name == axis else 1 for name in MESH_AXES))
+    dims = re.findall(r"\[(\d+(?:,\d+)+)\]", train.as_text())
+    shapes = {tuple(map(int, one.split(","))) for one in dims}
+    over_time = {shape for shape in shapes if any(size % TIME == 0 for size in shape)}
+    assert over_time
+    large = {shape for shape in over_time if math.prod(shape) >= ROWS * TIME * 24}
+    assert {shape for shape in large if axis != "tensor" or 24 not in shape} == set()
 
 
 def test_collectives_are_read_from_text() -> None:
@@ -190,7 +246,7 @@ def test_reading_on_from_a_state_over_a_divided_sequence(model: str) -> None:
 
     def read(params: Any, tokens: jax.Array) -> Any:
         state, hidden = init_state(config, ROWS), []
-        for piece in (tokens[:, :8], tokens[:, 8:]):
+        for piece in (tokens[:, :10], tokens[:, 10:]):
             output, state = functions.model(params).model(piece, None, state)
             hidden.append(output)
         return hidden, state

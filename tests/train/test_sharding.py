@@ -64,7 +64,7 @@ def test_parameters_follow_their_axes() -> None:
     assert specs["model.embedding"] == P("tensor", "fsdp")
     assert specs["model.periods.blocks.0.mlp.down.weight"] == P(None, "tensor", "fsdp")
     assert specs["model.periods.blocks.0.mixer.write.bias"] == P(None, "tensor")
-    assert specs["model.norm.weight"] == P("fsdp")
+    assert specs["model.norm.weight"] == P(None), "vectors are not divided over fsdp"
 
 
 def test_axes_that_do_not_divide_or_have_no_rule_are_refused() -> None:

@@ -82,9 +82,10 @@ def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list
         (again + 1) * parts * seq * state / tensor,
         (again + 1) * parts * layers,
     )
-    # The outputs of mixer and denoiser forward (kept under "dots"), the gradients of their inputs backward.
+    # The outputs of mixer and denoiser forward, the gradients of their inputs backward; "full" computes the
+    # mixer's output again, for the denoiser.
     blocks = 2 if model.mlp != "none" else 1
-    reduced = blocks * (3 if model.remat == "full" else 2) * parts * layers
+    reduced = (2 * blocks + (blocks - 1 if model.remat == "full" else 0)) * parts * layers
     activation = rows * length * model.hidden_size * jnp.dtype(model.precision.storage).itemsize
     ring(
         ("tensor",),
