@@ -13,11 +13,11 @@ from importlib import metadata
 from eval import common
 from eval.common import Reporter
 from eval.inference_parts import decoding, reading
-from eval.speed_parts import block_gate, floors, gate, memory_op, mixer, train_step
+from eval.speed_parts import block_gate, floors, gate, memory_op, mixer, train_step, turns
 from eval.speed_parts.memory_op import Op
-from eval.speed_parts.models import Size, parse_variant
+from eval.speed_parts.models import Size, model_binding, parse_variant
 from eval.speed_parts.peers import driver as peers
-from eval.speed_parts.timing import say
+from eval.speed_parts.timing import Compiler, say
 from eval.speed_view import figures, table
 from holo_jax import kernels
 from holo_jax.functional.checks import BINDINGS, check_choice
@@ -63,16 +63,26 @@ class Settings:
                 raise ValueError(f"parts names {part!r}; it must be one of {', '.join(PARTS)}")
         for binding in self.bindings:
             check_choice("bindings", binding, BINDINGS)
-        if set(self.parts) - {"memory_op"} and set(self.bindings) != set(BINDINGS):
-            raise ValueError(f"bindings is {self.bindings!r}; it must be all where models are timed")
         for text in (*self.mixers, *self.train, *self.profile):
             parse_variant(text)
+        for name in self._models():
+            binding = model_binding(name)
+            if binding and binding not in self.bindings:
+                raise ValueError(f"bindings is {self.bindings!r}; it must hold {binding!r} to time {name}")
         for text in self.peers:
             peers.parse_peer(text)
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, int) and value < (0 if field.name == "seed" else 1):
                 raise ValueError(f"{field.name} is {value}; it must be at least 1")
+
+    def _models(self) -> dict[str, None]:
+        """Models of the chosen parts, whose memory the gate must have tested."""
+        timed = {"mixer": self.mixers, "train": self.train}
+        names = [parse_variant(text).model for part in self.parts for text in timed.get(part, ())]
+        if "inference" in self.parts:
+            names += ["holo", *(text.partition(":")[0] for text in self.decoders)]
+        return dict.fromkeys(names)
 
 
 def memory_ops(settings: Settings, usable: tuple[str, ...]) -> list[Op]:
@@ -122,18 +132,14 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     )
     save(reporter)
     size = Size(settings.layers, settings.width, settings.vocab)
-    with peers.Peers(
-        reporter,
-        [peers.parse_peer(text) for text in settings.peers if "peers" in settings.parts],
-        size,
-        settings.tokens,
-        ceilings,
-        samples=settings.train_samples,
-        least_seconds=settings.least_seconds,
-    ) as others:
-        # The peers compile meanwhile; nothing is timed before they have been.
+    asked = [peers.parse_peer(text) for text in settings.peers if "peers" in settings.parts]
+    with peers.started(asked, size, settings.tokens) as others, Compiler(settings.workers) as compiler:
+        # All compile at the same time, the gate's programs first; nothing is timed before all of them have.
+        tests = gate.Gate(usable, seed=settings.seed, compiler=compiler)
+        variants = [parse_variant(text) for text in settings.train if "train" in settings.parts]
+        steps = train_step.start(variants, size, settings.tokens, compiler)
         blocks_sound = block_gate.run(reporter, seed=settings.seed)
-        passed = gate.run(reporter, usable, seed=settings.seed, workers=settings.workers)
+        passed = tests.judge(reporter)
         save(reporter)
         # What a model may use must have passed: all that "auto" picks from, and what a variant names.
         texts = (*settings.mixers, *settings.train, *settings.profile)
@@ -142,7 +148,31 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         sound = blocks_sound and needed <= passed
         if not sound:
             reporter.note("something failed the gate, so mixer and train step are not timed")
-        ours(reporter, settings, size, ceilings, usable, passed, sound, others)
+            steps = []
+        step_times(reporter, settings, others, steps, ceilings)
+    ours(reporter, settings, size, ceilings, usable, passed, sound)
+
+
+def step_times(
+    reporter: Reporter,
+    settings: Settings,
+    others: list[peers.Peer],
+    steps: list[train_step.Step],
+    ceilings: floors.Ceilings,
+) -> None:
+    """Waits until peers and steps have compiled, then times them in turns, length by length."""
+    for one in (*others, *steps):
+        one.wait()
+    profiled = {parse_variant(text) for text in settings.profile}
+    turns.run(
+        reporter,
+        [*others, *steps],
+        ceilings,
+        samples=settings.train_samples,
+        least_seconds=settings.least_seconds,
+        profiled=lambda one: getattr(one, "variant", None) in profiled,
+        save=lambda: save(reporter),
+    )
 
 
 def ours(
@@ -153,34 +183,16 @@ def ours(
     usable: dict[str, tuple[str, ...]],
     passed: set[tuple[str, str]],
     sound: bool,
-    others: peers.Peers,
 ) -> None:
-    """The chosen parts; first the step, whose programs compile while the peers do, then the peers' turn."""
-    options = dict(workers=settings.workers, least_seconds=settings.least_seconds)
-    if "train" in settings.parts and sound:
-        train_step.run(
-            reporter,
-            [parse_variant(text) for text in settings.train],
-            size,
-            settings.tokens,
-            ceilings,
-            samples=settings.train_samples,
-            profiled=[parse_variant(text) for text in settings.profile],
-            before=others.measure,
-            **options,
-        )
-        save(reporter)
-    others.measure()
-    save(reporter)
+    """The other chosen parts."""
+    options = dict(workers=settings.workers, least_seconds=settings.least_seconds, samples=settings.samples)
     if "memory_op" in settings.parts:
         ops = memory_ops(settings, tuple(usable))
-        memory_op.run(
-            reporter, ops, passed, ceilings, seed=settings.seed, samples=settings.samples, **options
-        )
+        memory_op.run(reporter, ops, passed, ceilings, seed=settings.seed, **options)
         save(reporter)
     if "mixer" in settings.parts and sound:
         variants = [parse_variant(text) for text in settings.mixers]
-        mixer.run(reporter, variants, size, settings.tokens, ceilings, samples=settings.samples, **options)
+        mixer.run(reporter, variants, size, settings.tokens, ceilings, **options)
         save(reporter)
     if "inference" in settings.parts and sound:
         inference(reporter, settings, size, ceilings)

@@ -1,7 +1,8 @@
 """Speed on one accelerator: memory op, mixer, train step, peers, inference, against the device's ceilings.
 
 Command:  python -m eval.speed --config=configs/eval/speed.py --out=runs/speed
-          the comparison of steps alone: --config=configs/eval/speed.py:step
+          the comparison of steps with PyTorch: --config=configs/eval/speed.py:step (4 minutes on 16 cores);
+          long rows, least memory, linear peers, memory op: --config=configs/eval/speed.py:long (5 minutes)
           one part: --config.parts="('train',)"; a few programs: --config.train="('holo@2048 remat=dots',)"
 Hardware: one NVIDIA H100 or H200 (kernels of the extra ``kernels`` on Hopper); :quick runs on a CPU.
 Peers:    PyTorch (and fla) where they are installed in the same environment; else recorded as unavailable.
@@ -24,6 +25,13 @@ _MAIN = (
     "holo_sum@262144 remat=full chunk=32768",
     "holo@262144 remat=full chunk=32768",
 )
+# Full recomputation, 32,768 tokens of activations at one time: the least memory at every length.
+_LEAST = (
+    "holo@2048 remat=full",
+    "holo@16384 remat=full",
+    "holo@65536 remat=full chunk=32768",
+    "holo@262144 remat=full chunk=32768",
+)
 _FULL = dict(
     parts=("peers", "memory_op", "mixer", "train", "inference"),
     layers=12,
@@ -44,10 +52,7 @@ _FULL = dict(
         "ssm@16384 remat=dots unroll=12",
         "dual@2048 remat=dots unroll=12",
         "attention@65536 remat=dots unroll=12",
-        # Full recomputation: the least memory at every length.
-        "holo@2048 remat=full",
-        "holo@16384 remat=full",
-        "holo@65536 remat=full chunk=32768",
+        *_LEAST[:-1],
     ),
     profile=(
         "holo_sum@2048 remat=dots unroll=12",
@@ -82,12 +87,34 @@ _FULL = dict(
 )
 _VARIANTS = {
     "full": _FULL,
-    # What the targets compare, in one run of some minutes.
+    # What the targets compare; peers and steps of one length are timed in turns.
     "step": dict(
-        parts=("peers", "memory_op", "train"),
+        parts=("peers", "train"),
+        train=_MAIN[:8],
+        profile=(),
+        peers=("llama@2048", "seed@2048", "llama@16384", "seed@16384"),
+        copy_bytes=2**30,
+        workers=12,
+    ),
+    "long": dict(
+        parts=("peers", "train", "memory_op"),
         portable_chunks=(64,),
-        train=(*_MAIN, "ssm@2048 remat=dots", "ssm@16384 remat=dots"),
-        peers=("llama@2048", "llama@16384", "seed@2048", "seed@16384", "gla@2048", "gated_deltanet@2048"),
+        train=(
+            "holo_sum@16384 remat=full",
+            "holo@16384 remat=full",
+            "holo_sum@65536 remat=full",
+            "holo@65536 remat=full",
+            "holo_sum@262144 remat=full",
+            "holo@262144 remat=full",
+            _LEAST[0],
+            *_LEAST[2:],
+            "ssm@2048 remat=dots",
+            "attention@65536 remat=full",
+        ),
+        profile=(),
+        peers=("gla@2048", "gated_deltanet@2048", "gla@16384", "gated_deltanet@16384"),
+        copy_bytes=2**30,
+        workers=12,
     ),
     "quick": dict(
         parts=("memory_op", "mixer", "train"),

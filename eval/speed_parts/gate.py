@@ -5,6 +5,7 @@ error of an array x is ||x - x_ref|| / ||x_ref||.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ import numpy as np
 
 from eval.common import Reporter
 from eval.results import absent, exact
-from eval.speed_parts.timing import Built, Job, compile_all
+from eval.speed_parts.timing import Built, Compiler, Job
 from holo_jax import kernels
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as definition
@@ -110,12 +111,16 @@ def objective(function: Any, case: Case, dtype: Any, inputs: dict, others: dict,
 def reference(case: Case, inputs: dict, others: dict) -> dict[str, np.ndarray]:
     """The definition, in float64, on the CPU."""
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        # The dtype is that of the backend: the definition computes in float64 whatever it is.
+        return _named(_reference_program(dataclasses.replace(case, dtype="float64"))(inputs, others))
 
-        def run(inputs: dict, others: dict) -> Any:
-            return objective(definition, case, jnp.float64, inputs, others, method="recurrent")
 
-        found = jax.jit(jax.value_and_grad(run, has_aux=True))(inputs, others)
-        return _named(found)
+@functools.cache
+def _reference_program(case: Case) -> Any:
+    def run(inputs: dict, others: dict) -> Any:
+        return objective(definition, case, jnp.float64, inputs, others, method="recurrent")
+
+    return jax.jit(jax.value_and_grad(run, has_aux=True))
 
 
 def _named(found: Any) -> dict[str, np.ndarray]:
@@ -136,36 +141,41 @@ def errors(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[
     return result
 
 
-def run(
-    reporter: Reporter, backends: dict[str, tuple[str, ...]], *, seed: int, workers: int
-) -> set[tuple[str, str]]:
-    """Tests backends (name to bindings), reports each error; returns (backend, binding) pairs that passed.
+class Gate:
+    """Backends (name to bindings) against the definition: compiled when made, judged later.
 
     float32 inputs test the backends that take them: the Hopper kernels have 16-bit values only.
     """
-    jobs, wanted, plans = [], {}, []
-    for backend, bindings in backends.items():
-        for binding in bindings:
-            for dtype in ("bfloat16",) if backend == "hopper" else ("float32", "bfloat16"):
-                for case in cases(binding, dtype):
-                    plans.append((backend, case))
-    for number, (backend, case) in enumerate(plans):
-        inputs, others = draw(case, seed + number)
-        wanted[number] = reference(case, inputs, others)
-        narrow = jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else x.dtype), (inputs, others)
-        )
-        jobs.append((_job(backend, case, narrow), narrow))
-    built = compile_all([job for job, _ in jobs], workers)
-    failed: set[tuple[str, str]] = set()
-    for number, (program, (_, narrow)) in enumerate(zip(built, jobs, strict=True)):
-        backend, case = plans[number]
-        if not _judge(reporter, program, narrow, wanted[number], case):
-            failed.add((backend, case.binding))
-    pairs = {(backend, case.binding) for backend, case in plans}
-    for backend, binding in sorted(failed):
-        reporter.fail_control(f"{backend} {binding} differs from the definition: its speeds are not reported")
-    return pairs - failed
+
+    def __init__(self, backends: dict[str, tuple[str, ...]], *, seed: int, compiler: Compiler) -> None:
+        self._tests = []
+        plans = [
+            (backend, case)
+            for backend, bindings in backends.items()
+            for binding in bindings
+            for dtype in (("bfloat16",) if backend == "hopper" else ("float32", "bfloat16"))
+            for case in cases(binding, dtype)
+        ]
+        for number, (backend, case) in enumerate(plans):
+            drawn = draw(case, seed + number)
+            narrow = jax.tree.map(
+                lambda x: jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else x.dtype), drawn
+            )
+            self._tests.append((backend, case, drawn, narrow, compiler.submit(_job(backend, case, narrow))))
+
+    def judge(self, reporter: Reporter) -> set[tuple[str, str]]:
+        """Reports the error of every array; returns the (backend, binding) pairs that passed."""
+        pairs, failed = set(), set()
+        for backend, case, drawn, narrow, built in self._tests:
+            pairs.add((backend, case.binding))
+            wanted = reference(case, *drawn)
+            if not _judge(reporter, built.result(), narrow, wanted, case):
+                failed.add((backend, case.binding))
+        for backend, binding in sorted(failed):
+            reporter.fail_control(
+                f"{backend} {binding} differs from the definition: its speeds are not reported"
+            )
+        return pairs - failed
 
 
 def _job(backend: str, case: Case, narrow: Any) -> Job:

@@ -46,6 +46,12 @@ def model_config(name: str, size: Size, **changes: Any) -> HoloConfig:
     )
 
 
+def model_binding(name: str) -> str | None:
+    """The binding of a model's memory, or None for a baseline without one."""
+    config = model_config(name, Size(1, 64, 64))
+    return config.binding if config.mixer == "holo" else None
+
+
 def product_parameters(config: HoloConfig) -> int:
     """Parameters in a matrix product for every token; see ``train.planning.operations``."""
     return operations.product_parameters(model_functions(config), config)
@@ -121,4 +127,9 @@ def parse_variant(text: str) -> Variant:
         raise ValueError(
             f"variant {text!r} names the model {match[1]!r}; it must be one of {', '.join(MODELS)}"
         )
-    return Variant(match[1], int(match[2]), **options)
+    variant = Variant(match[1], int(match[2]), **options)
+    if variant.length < 1:
+        raise ValueError(f"variant {text!r} has length 0; it must be at least 1")
+    if variant.chunk and variant.length % variant.chunk:
+        raise ValueError(f"variant {text!r} has chunk {variant.chunk}; it must divide the length")
+    return variant

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -61,31 +61,46 @@ def _announce(built: Built) -> None:
     say(f"compiled in {built.seconds:.1f} s: {settings} {built.status} {built.detail}".rstrip())
 
 
+class Compiler:
+    """Compiles on ``workers`` threads while the main thread traces on; use as a context, or ``close`` it."""
+
+    def __init__(self, workers: int, progress: Callable[[Built], None] = _announce) -> None:
+        self._pool = ThreadPoolExecutor(max(1, workers))
+        self._progress = progress
+
+    def __enter__(self) -> "Compiler":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, job: Job) -> Future[Built]:
+        """Traces and lowers the job now, and compiles it beside what follows; the future never raises."""
+        try:
+            return self._pool.submit(self._build, job, job.lower())
+        except Exception as error:
+            failed: Future[Built] = Future()
+            failed.set_result(Built(job, None, 0.0, *failure(error)))
+            self._progress(failed.result())
+            return failed
+
+    def _build(self, job: Job, lowered: Any) -> Built:
+        start = time.perf_counter()
+        try:
+            program = lowered.compile(compiler_options=job.options)
+            built = Built(job, program, time.perf_counter() - start)
+        except Exception as error:
+            built = Built(job, None, time.perf_counter() - start, *failure(error))
+        self._progress(built)
+        return built
+
+
 def compile_all(
     jobs: Sequence[Job], workers: int, progress: Callable[[Built], None] = _announce
 ) -> list[Built]:
     """Traces the jobs in order and compiles them on ``workers`` threads; results in the order of the jobs."""
-
-    def build(job: Job, lowered: Any) -> Built:
-        start = time.perf_counter()
-        try:
-            return Built(job, lowered.compile(compiler_options=job.options), time.perf_counter() - start)
-        except Exception as error:
-            return Built(job, None, time.perf_counter() - start, *failure(error))
-
-    done: dict[int, Built] = {}
-    pending: dict[Future[Built], int] = {}
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        for index, job in enumerate(jobs):
-            try:
-                pending[pool.submit(build, job, job.lower())] = index
-            except Exception as error:
-                done[index] = Built(job, None, 0.0, *failure(error))
-                progress(done[index])
-        for future in as_completed(pending):
-            done[pending[future]] = future.result()
-            progress(future.result())
-    return [done[index] for index in range(len(jobs))]
+    with Compiler(workers, progress) as compiler:
+        return [built.result() for built in [compiler.submit(job) for job in jobs]]
 
 
 def sample_seconds(run: Callable[[], Any], *, samples: int, least_seconds: float) -> list[float]:

@@ -1,7 +1,8 @@
 """The whole train step: forward, loss, backward, AdamW; tokens a second and the bytes it needs, by length."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -9,18 +10,20 @@ import jax.numpy as jnp
 import optax
 
 from eval.common import Reporter
-from eval.results import exact
+from eval.results import Value, exact
 from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.models import Size, Variant, product_parameters
 from eval.speed_parts.profile import top_kernels
 from eval.speed_parts.timing import (
+    Built,
+    Compiler,
     Job,
-    compile_all,
     failure,
     median,
     missing,
     program_bytes,
     sample_seconds,
+    say,
 )
 from holo_jax import kernels
 from holo_jax.config import HoloConfig
@@ -84,85 +87,100 @@ def make_step(config: HoloConfig, batch: int, length: int, chunk: int) -> tuple[
     return init, step
 
 
-def run(
-    reporter: Reporter,
-    variants: Sequence[Variant],
-    size: Size,
-    tokens: int,
-    ceilings: Ceilings,
-    *,
-    workers: int,
-    samples: int,
-    least_seconds: float,
-    profiled: Sequence[Variant] = (),
-    before: Callable[[], None] = lambda: None,
-) -> None:
-    """Compiles all variants, then times one after the other; memory is reported also for what does not fit.
+class Step:
+    """The step of one variant: compiled beside others, timed in turns, reported once."""
 
-    ``before`` is called once, after compiling and before anything is timed.
-
-    ``profiled`` variants also report their largest kernels.
-    """
-    jobs, plans = [], []
-    for variant in variants:
-        config = variant.config(size)
-        batch = variant.batch(tokens)
-        if variant.chunk and variant.length % variant.chunk:
-            raise ValueError(f"chunk is {variant.chunk}; it must divide the length {variant.length}")
-        init, step = make_step(config, batch, variant.length, variant.chunk)
+    def __init__(
+        self, variant: Variant, size: Size, tokens: int, compiler: Compiler, inits: dict[str, Future[Built]]
+    ) -> None:
+        """Begins to compile it, and the drawing of parameters if ``inits`` lacks that of its model."""
+        self.variant, self.length = variant, variant.length
+        self.config = variant.config(size)
+        self.shape = (variant.batch(tokens), variant.length)
+        init, step = make_step(self.config, *self.shape, variant.chunk)
         state = jax.eval_shape(init, jax.random.key(0))
-        inputs = jax.ShapeDtypeStruct((batch, variant.length), jnp.int32)
+        inputs = jax.ShapeDtypeStruct(self.shape, jnp.int32)
         where = {"part": "train", **variant.where}
-        lower = lambda f=step, s=state, x=inputs: jax.jit(f, donate_argnums=0).lower(s, x)  # noqa: E731
-        jobs.append(Job(where, lower, variant.options))
-        plans.append((variant, config, init))
-    programs = compile_all(jobs, workers)
-    before()
-    for built, (variant, config, init) in zip(programs, plans, strict=True):
+        lower = lambda: jax.jit(step, donate_argnums=0).lower(state, inputs)  # noqa: E731
+        self._step = compiler.submit(Job(where, lower, variant.options))
+        if variant.model not in inits:
+            job = Job(
+                {"part": "parameters", "model": variant.model}, lambda: jax.jit(init).lower(jax.random.key(0))
+            )
+            inits[variant.model] = compiler.submit(job)
+        self._init = inits[variant.model]
+        self._seconds: list[float] = []
+        self._kernels: list[Value] = []
+        self._loss = 0.0
+        self._failed: Built | None = None
+
+    def wait(self) -> None:
+        """Until it has compiled."""
+        self._step.result()
+        self._init.result()
+
+    def measure(self, samples: int, least_seconds: float, *, profiled: bool = False) -> None:
+        """Times ``samples`` more samples, on parameters drawn anew; does nothing once it has failed."""
+        built, drawn = self._step.result(), self._init.result()
+        if built.program is None or self._failed is not None:
+            return
+        try:
+            if drawn.program is None:
+                raise RuntimeError(f"parameters: {drawn.detail}")
+            keys = (jax.random.key(i) for i in range(4))
+            inputs = [jax.random.randint(key, self.shape, 0, self.config.vocab_size) for key in keys]
+            held = {"state": drawn.program(jax.random.key(0)), "count": 0}
+
+            def one() -> jax.Array:
+                held["count"] += 1
+                held["state"], loss = built.program(held["state"], inputs[held["count"] % len(inputs)])
+                return loss
+
+            self._seconds += sample_seconds(one, samples=samples, least_seconds=least_seconds)
+            self._loss = float(one())
+        except Exception as error:
+            status, detail = failure(error)
+            self._failed = dataclasses.replace(built, status=status, detail=detail)
+            return
+        if profiled:
+            try:
+                self._kernels = top_kernels(one, built.job.where)
+            except Exception as error:
+                say(f"no profile of {self.variant.model}@{self.length}: {failure(error)[1]}")
+
+    def report(self, reporter: Reporter, ceilings: Ceilings) -> None:
+        """Reports what was measured; the planned bytes also of what did not fit."""
+        built = self._step.result()
         where = built.job.where
         if built.program is None:
             reporter.add(*missing(METRICS, built, "compilation"))
-            continue
+            return
         reporter.add(
             exact("peak_gib", program_bytes(built.program) / 2**30, **where),
             exact("compile_seconds", built.seconds, **where),
         )
-        shape = (variant.batch(tokens), variant.length)
-        state = jax.jit(init)(jax.random.key(0))
-        inputs = [jax.random.randint(jax.random.key(i), shape, 0, config.vocab_size) for i in range(4)]
-        held = {"state": state, "count": 0}
-        del state
-
-        def one(program: Any = built.program, held: dict = held, inputs: Any = inputs) -> jax.Array:
-            held["count"] += 1
-            held["state"], loss = program(held["state"], inputs[held["count"] % len(inputs)])
-            return loss
-
-        try:
-            seconds = sample_seconds(one, samples=samples, least_seconds=least_seconds)
-            loss = float(one())
-        except Exception as error:
-            status, detail = failure(error)
-            reporter.add(*missing(METRICS, dataclasses.replace(built, status=status, detail=detail), "run"))
-            held.clear()
-            continue
-        if variant in profiled:
-            try:
-                reporter.add(*top_kernels(one, where))
-            except Exception as error:
-                reporter.note(f"no profile of {variant.model}@{variant.length}: {failure(error)[1]}")
-        held.clear()
-        per_step = shape[0] * shape[1]
-        rate = median("tokens_per_second", [per_step / s for s in seconds], where)
-        products = product_parameters(config)
+        if self._failed is not None:
+            reporter.add(*missing(METRICS, self._failed, "run"))
+            return
+        per_step = self.shape[0] * self.shape[1]
+        rate = median("tokens_per_second", [per_step / s for s in self._seconds], where)
+        products = product_parameters(self.config)
         # 6 operations a product parameter and token; causal attention adds 6 t hd a layer (half of 12 t hd).
         flops = 6 * products
-        if config.mixer == "attention":
-            flops += 6 * config.num_hidden_layers * variant.length * config.hd_dim
+        if self.config.mixer == "attention":
+            flops += 6 * self.config.num_hidden_layers * self.length * self.config.hd_dim
         reporter.add(
             rate,
-            median("milliseconds", seconds, where, scale=1e3),
+            median("milliseconds", self._seconds, where, scale=1e3),
             exact("share_of_product_rate", rate.value * flops / ceilings.flops_per_second, **where),
             exact("product_parameters", products, **where),
-            exact("last_loss", loss, detail="random tokens: near the log of the vocabulary", **where),
+            exact("last_loss", self._loss, detail="random tokens: near the log of the vocabulary", **where),
+            *self._kernels,
         )
+        say(f"{self.variant.model}@{self.length}: {rate.value:.0f} tokens/s")
+
+
+def start(variants: Sequence[Variant], size: Size, tokens: int, compiler: Compiler) -> list[Step]:
+    """The steps of all variants, compiling."""
+    inits: dict[str, Future[Built]] = {}
+    return [Step(variant, size, tokens, compiler, inits) for variant in variants]

@@ -13,7 +13,7 @@ import pytest
 from eval import speed
 from eval.common import Reporter, freeze, load_config
 from eval.results import Results, exact
-from eval.speed_parts import block_gate, gate, timing, train_step
+from eval.speed_parts import block_gate, gate, timing, train_step, turns
 from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.models import TARGET_PRODUCTS, Size, model_config, parse_variant, product_parameters
 from eval.speed_parts.peers import driver as peers
@@ -56,6 +56,7 @@ def test_variants_are_parsed_and_refused():
         ("rwkv@64", "names the model 'rwkv'"),
         ("holo@64 rematerialise=full", "unknown key 'rematerialise'"),
         ("holo@64 model=seed", "unknown key 'model'"),
+        ("holo@64 chunk=48", "it must divide the length"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_variant(text)
@@ -66,6 +67,11 @@ def test_every_full_setting_is_valid():
     assert set(full.profile) <= set(full.train)
     with pytest.raises(ValueError, match="parts names 'flops'"):
         dataclasses.replace(full, parts=("flops",))
+    # One binding is enough where all models have it.
+    outer = dict(parts=("train", "memory_op"), bindings=("outer",))
+    dataclasses.replace(full, train=("holo@2048", "attention@2048"), **outer)
+    with pytest.raises(ValueError, match="must hold 'hadamard' to time seed"):
+        dataclasses.replace(full, train=("holo@2048", "seed@2048"), **outer)
 
 
 def test_failures_are_named():
@@ -142,9 +148,8 @@ def test_quick_run(monkeypatch, tmp_path, capsys):
 @pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")
 def test_peers_without_pytorch_are_unavailable():
     reporter = Reporter("speed", settings(), (0,), out=None, command="test")
-    asked = [peers.parse_peer("llama@2048")]
-    with peers.Peers(reporter, asked, SMALL, 4096, CEILINGS, samples=1, least_seconds=0.01) as others:
-        others.measure()
+    with peers.started([peers.parse_peer("llama@2048")], SMALL, 4096) as others:
+        turns.run(reporter, others, CEILINGS, samples=1, least_seconds=0.01)
     assert {v.status for v in reporter.values} == {"unavailable"}
     assert "torch is not installed" in reporter.values[0].detail
     for text in ("llama", "llama@0", "mamba@2048"):
@@ -165,35 +170,35 @@ def test_answers_of_peers_become_values_and_curves(monkeypatch):
             "device": "test",
         },
         "seed": {"status": "oom", "detail": "CUDA out of memory"},
-        "seed_eager": {"status": "failed", "detail": "boom"},
+        "seed_eager": {},
+        "llama_cudnn": {"status": "oom", "detail": "CUDA out of memory"},
     }
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
-    script = "import json, sys; print('ready', flush=True); sys.stdin.readline(); print(sys.argv[1])"
+    # Ready, then an answer a turn; out of memory before its turn; an end without a word; one in its turn.
+    script = "import sys; print('ready', flush=True)\nfor line in sys.stdin: print(sys.argv[1], flush=True)"
+    scripts = {"seed": "import sys; print(sys.argv[1])", "seed_eager": "raise SystemExit('boom')"}
 
     def start(request):
-        answer, code = answers[request["model"]], script
-        if request["model"] == "seed":
-            code = "import sys; print(sys.argv[1])"
-        if request["model"] == "seed_eager":
-            code = "raise SystemExit('boom')"
+        answer, code = answers[request["model"]], scripts.get(request["model"], script)
         return peers.launch([sys.executable, "-c", code, json.dumps(answer)])
 
     monkeypatch.setattr(peers, "_start", start)
     reporter = Reporter("speed", settings(), (0,), out=None, command="test")
     asked = [peers.parse_peer(f"{name}@2048") for name in answers]
-    with peers.Peers(reporter, asked, SMALL, 4096, CEILINGS, samples=2, least_seconds=0.01) as others:
-        others.measure()
-        others.measure()
+    with peers.started(asked, SMALL, 4096) as others:
+        turns.run(reporter, others, CEILINGS, samples=3, least_seconds=0.01)
     ours = {"part": "train", **parse_variant("holo@2048").where}
     reporter.add(timing.median("tokens_per_second", [80_000.0], ours))
     reporter.add(exact("peak_gib", 1.0, **ours))
     results = reporter.results()
     rate = results.one("tokens_per_second", model="llama")
+    assert rate.n == 4  # two turns of two
     assert rate.low <= 4096 / 0.11 + 1 and rate.high >= 4096 / 0.1 - 1
     # 6 operations a product parameter, and 6 t e a layer for the causal half of attention.
     share = results.one("share_of_product_rate", model="llama").value
     assert np.isclose(share, rate.value * (6000 + 6 * 2 * 2048 * 64) / CEILINGS.flops_per_second)
-    assert results.one("tokens_per_second", model="seed").status == "oom"
+    for model in ("seed", "llama_cudnn"):
+        assert results.one("tokens_per_second", model=model).status == "oom"
     assert results.one("milliseconds", model="seed_eager").detail == "boom"
     text = speed.table(results)
     assert "2.05x, 0.50x memory" in text and "OOM" in text and "neither runs out of memory" in text
@@ -214,10 +219,10 @@ def test_inference_memory_is_drawn():
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
 @pytest.mark.parametrize("model", ["llama", "seed"])
 def test_pytorch_peers_train(model):
-    from eval.speed_parts.peers.torch_step import measure
+    from eval.speed_parts.peers.torch_step import Training
 
-    sizes = dict(length=32, batch=2, layers=2, width=64, vocab=128)
-    found = measure(model=model, samples=1, seconds=0.01, compiled=False, **sizes)
+    training = Training(model=model, compiled=False, length=32, batch=2, layers=2, width=64, vocab=128)
+    found = training.measure(samples=1, seconds=0.01)
     ours = product_parameters(model_config({"llama": "attention"}.get(model, model), SMALL))
     assert abs(found["product_parameters"] / ours - 1) < 0.02 and 4 < found["last_loss"] < 6
 

@@ -1,5 +1,6 @@
 """PyTorch peers as processes: they compile beside this one and are timed while it leaves the device alone."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,14 @@ _AT_A_TIME = 2  # that warm up, which needs the memory of a whole step
 
 
 @dataclasses.dataclass(frozen=True)
-class Peer:
+class Asked:
     """A peer at a length, written ``NAME@LENGTH``."""
 
     name: str
     length: int
 
 
-def parse_peer(text: str) -> Peer:
+def parse_peer(text: str) -> Asked:
     """The peer written as ``text``.
 
     Raises:
@@ -52,70 +53,124 @@ def parse_peer(text: str) -> Peer:
         raise ValueError(
             f"peer is {text!r}; it must look like llama@2048, with a name of {', '.join(_PEERS)}"
         )
-    return Peer(match[1], int(match[2]))
+    return Asked(match[1], int(match[2]))
 
 
-class Peers:
-    """Peers as processes that compile while this one does, and are timed in turn while it waits.
+class Peer:
+    """One peer at a length: a process that compiles beside this one and is timed in turns."""
 
-    Use as a context: processes that were not measured are ended at its end.
-    """
+    def __init__(self, asked: Asked, size: Size, tokens: int, locks: Sequence[Path], number: int) -> None:
+        self.asked, self.length, self.size = asked, asked.length, size
+        package, compiled, _ = _PEERS[asked.name]
+        self.batch = max(1, tokens // asked.length)
+        self.where = {"part": "peers", "model": asked.name, "length": asked.length, "batch": self.batch}
+        self._seconds: list[float] = []
+        self._answer: dict[str, Any] = {}
+        self._ready, self._process = False, None
+        lacking = [name for name in ("torch", package) if importlib.util.find_spec(name) is None]
+        if lacking:
+            self._answer = {"status": "unavailable", "detail": f"{lacking[0]} is not installed"}
+            return
+        request = {
+            "model": asked.name,
+            "length": asked.length,
+            "batch": self.batch,
+            **dataclasses.asdict(size),
+            "compiled": compiled,
+            "lock": str(locks[number % len(locks)]),
+        }
+        self._process = _start(request)
 
-    def __init__(
-        self,
-        reporter: Reporter,
-        peers: Sequence[Peer],
-        size: Size,
-        tokens: int,
-        ceilings: Ceilings,
-        *,
-        samples: int,
-        least_seconds: float,
-    ) -> None:
-        self.reporter, self.size, self.ceilings = reporter, size, ceilings
-        self.waiting: list[tuple[Peer, dict[str, Any], subprocess.Popen]] = []
-        self.directory = tempfile.TemporaryDirectory()
-        self.locks = [Path(self.directory.name, f"lock{index}") for index in range(_AT_A_TIME)]
-        for lock in self.locks:
+    def wait(self) -> None:
+        """Until it has compiled and waits for its turn, or has failed."""
+        if self._process is None or self._ready:
+            return
+        line = _line(self._process)
+        say(f"{self.asked.name}@{self.length}: {line or 'no answer'}")
+        if line == "ready":
+            self._ready = True
+        else:
+            self._fail(line)
+
+    def measure(self, samples: int, least_seconds: float, *, profiled: bool = False) -> None:
+        """Times ``samples`` more samples; does nothing once it has failed (it has no profile)."""
+        del profiled
+        self.wait()
+        if self._process is None:
+            return
+        try:
+            self._process.stdin.write(json.dumps({"samples": samples, "seconds": max(least_seconds, 0.05)}))
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+            line = _line(self._process)
+        except BrokenPipeError:
+            line = ""
+        if not line.startswith("{") or "seconds" not in (answer := json.loads(line)):
+            self._fail(line)
+            return
+        self._seconds += answer["seconds"]
+        peaks = [a["peak_bytes"] for a in (self._answer, answer) if a.get("peak_bytes") is not None]
+        self._answer = answer | {"peak_bytes": max(peaks, default=None)}
+
+    def _fail(self, line: str) -> None:
+        self._answer = json.loads(line) if line.startswith("{") else {"status": "failed"}
+        if "detail" not in self._answer:
+            self._process.kill()
+            self._process.wait()
+            self._process.errors.seek(0)
+            last = (self._process.errors.read().strip().splitlines() or ["no message"])[-1]
+            self._answer["detail"] = last[-300:]
+        self.close()
+
+    def close(self) -> None:
+        """Ends the process, which frees the device memory it holds."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def report(self, reporter: Reporter, ceilings: Ceilings) -> None:
+        """Reports what was measured, or why nothing was."""
+        answer, where = self._answer, self.where
+        if "seconds" not in answer:
+            status, detail = answer.get("status", "failed"), answer.get("detail", "")
+            reporter.add(*(absent(metric, status, detail=detail, **where) for metric in METRICS))
+            return
+        reporter.note(f"peers: torch {answer['torch']} on {answer['device']}")
+        per_step = self.batch * self.length
+        products = answer["product_parameters"]
+        flops = 6 * products
+        if _PEERS[self.asked.name][2]:
+            flops += 6 * self.size.layers * self.length * self.size.width
+        rate = median("tokens_per_second", [per_step / s for s in self._seconds], where)
+        reporter.add(
+            rate,
+            median("milliseconds", self._seconds, where, scale=1e3),
+            exact("share_of_product_rate", rate.value * flops / ceilings.flops_per_second, **where),
+            exact("product_parameters", products, **where),
+            exact("compile_seconds", answer["compile_seconds"], **where),
+            exact("last_loss", answer["last_loss"], detail="random tokens", **where),
+        )
+        if answer["peak_bytes"] is not None:
+            reporter.add(exact("peak_gib", answer["peak_bytes"] / 2**30, **where))
+        say(f"{self.asked.name}@{self.length}: {rate.value:.0f} tokens/s")
+
+
+@contextlib.contextmanager
+def started(asked: Sequence[Asked], size: Size, tokens: int) -> Iterator[list[Peer]]:
+    """The peers as processes that compile meanwhile; what is left of them is ended at the end."""
+    peers: list[Peer] = []
+    with tempfile.TemporaryDirectory() as directory:
+        locks = [Path(directory, f"lock{index}") for index in range(_AT_A_TIME)]
+        for lock in locks:
             lock.touch()
-        for peer in peers:
-            package, compiled, _ = _PEERS[peer.name]
-            batch = max(1, tokens // peer.length)
-            where = {"part": "peers", "model": peer.name, "length": peer.length, "batch": batch}
-            lacking = [name for name in ("torch", package) if importlib.util.find_spec(name) is None]
-            if lacking:
-                detail = f"{lacking[0]} is not installed"
-                reporter.add(*(absent(metric, "unavailable", detail=detail, **where) for metric in METRICS))
-                continue
-            request = {
-                "model": peer.name,
-                "length": peer.length,
-                "batch": batch,
-                **dataclasses.asdict(size),
-                "samples": samples,
-                "seconds": max(least_seconds, 0.05),
-                "compiled": compiled,
-                "lock": str(self.locks[len(self.waiting) % _AT_A_TIME]),
-            }
-            self.waiting.append((peer, where, _start(request)))
-
-    def __enter__(self) -> "Peers":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for _, _, process in self.waiting:
-            process.kill()
-            process.wait()
-        self.directory.cleanup()
-
-    def measure(self) -> None:
-        """Waits until all have compiled, then times one after the other; does nothing the second time."""
-        said = [_line(process) for _, _, process in self.waiting]
-        for line in said:
-            peer, where, process = self.waiting.pop(0)
-            answer = _answer(process, line)
-            say(f"{peer.name}@{peer.length}: {answer}")
-            _report(self.reporter, peer, answer, where, self.size, self.ceilings)
+        try:
+            for number, one in enumerate(asked):
+                peers.append(Peer(one, size, tokens, locks, number))
+            yield peers
+        finally:
+            for peer in peers:
+                peer.close()
 
 
 def _start(request: dict[str, Any]) -> subprocess.Popen:
@@ -126,7 +181,11 @@ def _start(request: dict[str, Any]) -> subprocess.Popen:
 def launch(command: list[str]) -> subprocess.Popen:
     """A process whose lines are read and written one by one; its errors go to ``process.errors``, a file."""
     # A caching allocator that splits its blocks would report more than the step needs at long rows.
-    environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    # Inductor would start a compiler process for each core, in every peer.
+    environment = os.environ | {
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",
+    }
     errors = tempfile.TemporaryFile("w+")  # noqa: SIM115
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=errors)
@@ -142,48 +201,3 @@ def _line(process: subprocess.Popen) -> str:
         return process.stdout.readline().strip()
     finally:
         timer.cancel()
-
-
-def _answer(process: subprocess.Popen, line: str) -> dict[str, Any]:
-    """Lets a peer that said it is ready measure; what it printed, or the last line of its errors."""
-    if line == "ready":
-        process.stdin.write("go\n")
-        process.stdin.flush()
-        line = _line(process)
-    process.wait(_TIMEOUT)
-    if line.startswith("{"):
-        return json.loads(line)
-    process.errors.seek(0)
-    last = (process.errors.read().strip().splitlines() or ["no message"])[-1]
-    return {"status": "failed", "detail": last[-300:]}
-
-
-def _report(
-    reporter: Reporter,
-    peer: Peer,
-    answer: dict[str, Any],
-    where: dict[str, Any],
-    size: Size,
-    ceilings: Ceilings,
-) -> None:
-    if "seconds" not in answer:
-        status, detail = answer.get("status", "failed"), answer.get("detail", "")
-        reporter.add(*(absent(metric, status, detail=detail, **where) for metric in METRICS))
-        return
-    reporter.note(f"peers: torch {answer['torch']} on {answer['device']}")
-    per_step = where["batch"] * peer.length
-    seconds, products = answer["seconds"], answer["product_parameters"]
-    flops = 6 * products
-    if _PEERS[peer.name][2]:
-        flops += 6 * size.layers * peer.length * size.width
-    rate = median("tokens_per_second", [per_step / s for s in seconds], where)
-    reporter.add(
-        rate,
-        median("milliseconds", seconds, where, scale=1e3),
-        exact("share_of_product_rate", rate.value * flops / ceilings.flops_per_second, **where),
-        exact("product_parameters", products, **where),
-        exact("compile_seconds", answer["compile_seconds"], **where),
-        exact("last_loss", answer["last_loss"], detail="random tokens", **where),
-    )
-    if answer["peak_bytes"] is not None:
-        reporter.add(exact("peak_gib", answer["peak_bytes"] / 2**30, **where))

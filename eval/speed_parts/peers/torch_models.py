@@ -32,11 +32,11 @@ class CausalAttention(nn.Module):
         self.maps = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """Mixes tokens; ``angles`` is [t, head / 2]."""
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """Mixes tokens; ``rotary`` holds cosines and sines, [2, t, head / 2]."""
         b, t, e = x.shape
         queries, keys, values = self.maps(x).view(b, t, 3, self.heads, self.head).unbind(2)
-        cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
+        cos, sin = rotary[:, None, :, None]
 
         def rotated(z: Tensor) -> Tensor:
             first, second = z.float().chunk(2, -1)
@@ -75,9 +75,9 @@ class LlamaBlock(nn.Module):
         self.mixer_norm, self.mlp_norm = RmsNorm(width), RmsNorm(width)
         self.mixer, self.mlp = CausalAttention(width, head), SwiGlu(width)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         """One block."""
-        x = x + self.mixer(self.mixer_norm(x), angles)
+        x = x + self.mixer(self.mixer_norm(x), rotary)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -95,9 +95,10 @@ class PhasorSum(nn.Module):
         t = x.shape[1]
         time = torch.arange(t, device=x.device, dtype=torch.float32)
         phases = time[:, None] * self.frequencies
-        phasors = torch.polar(torch.ones_like(phases), phases)
-        memory = torch.cumsum(self.values(x).float() * phasors, dim=1)
-        read = (memory * phasors.conj()).real / torch.sqrt(time + 1)[:, None]
+        # Two real sums: the compiler generates no code for complex numbers.
+        cos, sin, values = phases.cos(), phases.sin(), self.values(x).float()
+        real, imag = torch.cumsum(values * cos, dim=1), torch.cumsum(values * sin, dim=1)
+        read = (real * cos + imag * sin) / torch.sqrt(time + 1)[:, None]
         return self.out(read.to(x.dtype))
 
 
@@ -110,9 +111,9 @@ class SeedBlock(nn.Module):
         self.mixer = PhasorSum(width, channels)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
-        """One block; rotary angles are not used."""
-        del angles
+    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """One block; rotary positions are not used."""
+        del rotary
         x = x + self.mixer(self.mixer_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -120,22 +121,25 @@ class SeedBlock(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm, and the output projection, which the loss applies."""
 
-    def __init__(self, blocks: list[nn.Module], norm: nn.Module, vocab: int, width: int, head: int) -> None:
+    def __init__(
+        self, blocks: list[nn.Module], norm: nn.Module, vocab: int, width: int, head: int, length: int
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocab, width)
         self.blocks, self.norm = nn.ModuleList(blocks), norm
         self.head = nn.Linear(width, vocab, bias=False)
         nn.init.normal_(self.head.weight, std=0.02)
-        self.register_buffer("rates", 10_000.0 ** (-torch.arange(0, head, 2) / head))
+        # Once, not in every layer of every step.
+        angles = torch.arange(length)[:, None] * 10_000.0 ** (-torch.arange(0, head, 2) / head)
+        self.register_buffer("rotary", torch.stack([angles.cos(), angles.sin()]))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Final hidden states of tokens [b, t]."""
+        """Final hidden states of tokens [b, length]."""
         x = self.embedding(tokens)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        angles = torch.arange(tokens.shape[1], device=x.device)[:, None] * self.rates
         for block in self.blocks:
-            x = block(x, angles)
+            x = block(x, self.rotary)
         return self.norm(x)
 
 
@@ -169,14 +173,14 @@ class FlaDecoder(nn.Module):
         return self.inner(input_ids=tokens, use_cache=False).last_hidden_state
 
 
-def build(name: str, *, layers: int, width: int, vocab: int, head: int = 64) -> nn.Module:
-    """A peer by name: llama, llama_cudnn, seed, seed_eager, gla or gated_deltanet."""
+def build(name: str, *, layers: int, width: int, vocab: int, length: int, head: int = 64) -> nn.Module:
+    """A peer by name (llama, llama_cudnn, seed, seed_eager, gla or gated_deltanet) for rows of ``length``."""
     if name.startswith("seed"):
         blocks: list[nn.Module] = [SeedBlock(width, 2 * width) for _ in range(layers)]
-        return Decoder(blocks, nn.LayerNorm(width), vocab, width, head)
+        return Decoder(blocks, nn.LayerNorm(width), vocab, width, head, length)
     if name.startswith("llama"):
         blocks = [LlamaBlock(width, head) for _ in range(layers)]
-        return Decoder(blocks, RmsNorm(width), vocab, width, head)
+        return Decoder(blocks, RmsNorm(width), vocab, width, head, length)
     return FlaDecoder(name, layers, width, vocab)
 
 

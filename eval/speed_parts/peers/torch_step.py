@@ -2,8 +2,9 @@
 
     python -m eval.speed_parts.peers.torch_step '{"model": "llama", "length": 2048, ...}'
 
-compiles and warms up under the lock ``lock``, prints "ready", waits for a line on standard input (or its
-end), and prints one JSON object. Products run in bfloat16 by autocast over float32 parameters, as in ours.
+compiles and warms up under the lock ``lock`` and prints "ready"; for each line on standard input, such as
+``{"samples": 3, "seconds": 0.1}``, it trains on and prints one JSON object. Products run in bfloat16 by
+autocast over float32 parameters, as in ours.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import fcntl
 import json
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,9 +32,11 @@ def make_step(model: Any, device: str, compiled: bool) -> Any:
     optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
 
     def loss_of(tokens: Tensor) -> Tensor:
+        # The last position has no target; logits are not cut, which would copy them.
+        targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
         with torch.autocast(device, torch.bfloat16):
             logits = model.head(model(tokens))
-        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     evaluate = torch.compile(loss_of, dynamic=False) if compiled else loss_of
 
@@ -49,73 +51,84 @@ def make_step(model: Any, device: str, compiled: bool) -> Any:
     return step
 
 
-def measure(
-    *,
-    model: str,
-    length: int,
-    batch: int,
-    layers: int,
-    width: int,
-    vocab: int,
-    samples: int,
-    seconds: float,
-    compiled: bool,
-    lock: str = "/dev/null",
-    ready: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Seconds of a step (``samples`` of them, each over about ``seconds``) and peak bytes of the device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    torch.manual_seed(0)
-    net = build(model, layers=layers, width=width, vocab=vocab).to(device)
-    step = make_step(net, device, compiled)
-    inputs = [torch.randint(0, vocab, (batch, length), device=device) for _ in range(4)]
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    backend = _ATTENTION.get(model) if device == "cuda" else None
-    only = contextlib.nullcontext() if backend is None else sdpa_kernel(backend)
-    with only:
-        with open(lock) as held:
+class Training:
+    """A peer's training in this process, compiled by its first step."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        length: int,
+        batch: int,
+        layers: int,
+        width: int,
+        vocab: int,
+        compiled: bool,
+        lock: str = "/dev/null",
+    ) -> None:
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.manual_seed(0)
+        self._net = build(model, layers=layers, width=width, vocab=vocab, length=length).to(self._device)
+        self._step = make_step(self._net, self._device, compiled)
+        self._inputs = [torch.randint(0, vocab, (batch, length), device=self._device) for _ in range(4)]
+        self._backend = _ATTENTION.get(model) if self._device == "cuda" else None
+        with open(lock) as held, self._attention():
             fcntl.flock(held, fcntl.LOCK_EX)
             start = time.perf_counter()
-            step(inputs[0])
-            wait()
-            compile_seconds = time.perf_counter() - start
-            if device == "cuda":
-                torch.cuda.empty_cache()
-        ready()
-        for tokens in inputs[1:3]:
-            step(tokens)
-        wait()
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        step(inputs[3])
-        wait()
-        calls = max(1, round(seconds / (time.perf_counter() - start)))
-        measured = []
-        for _ in range(samples):
+            self._step(self._inputs[0])
+            self._wait()
+            self._compile_seconds = time.perf_counter() - start
+            self._release()
+
+    def _attention(self) -> Any:
+        return contextlib.nullcontext() if self._backend is None else sdpa_kernel(self._backend)
+
+    def _wait(self) -> None:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+    def _release(self) -> None:
+        """Leaves the device memory of activations to others."""
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+
+    def measure(self, samples: int, seconds: float) -> dict[str, Any]:
+        """Seconds of a step (``samples`` of them, each over about ``seconds``), peak bytes of the device."""
+        with self._attention():
+            for tokens in self._inputs[1:3]:
+                self._step(tokens)
+            self._wait()
+            if self._device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
-            for call in range(calls):
-                loss = step(inputs[call % 4])
-            wait()
-            measured.append((time.perf_counter() - start) / calls)
-    return {
-        "seconds": measured,
-        "compile_seconds": compile_seconds,
-        "peak_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
-        "product_parameters": product_parameters(net),
-        "last_loss": float(loss),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-    }
-
-
-def _wait_for_turn() -> None:
-    print("ready", flush=True)
-    sys.stdin.readline()
+            self._step(self._inputs[3])
+            self._wait()
+            calls = max(1, round(seconds / (time.perf_counter() - start)))
+            measured = []
+            for _ in range(samples):
+                start = time.perf_counter()
+                for call in range(calls):
+                    loss = self._step(self._inputs[call % 4])
+                self._wait()
+                measured.append((time.perf_counter() - start) / calls)
+        found = {
+            "seconds": measured,
+            "compile_seconds": self._compile_seconds,
+            "peak_bytes": torch.cuda.max_memory_allocated() if self._device == "cuda" else None,
+            "product_parameters": product_parameters(self._net),
+            "last_loss": float(loss),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if self._device == "cuda" else "cpu",
+        }
+        self._release()
+        return found
 
 
 if __name__ == "__main__":
     try:
-        print(json.dumps(measure(**json.loads(sys.argv[1]), ready=_wait_for_turn)))
+        training = Training(**json.loads(sys.argv[1]))
+        print("ready", flush=True)
+        for line in sys.stdin:
+            print(json.dumps(training.measure(**json.loads(line))), flush=True)
     except torch.OutOfMemoryError as error:
-        print(json.dumps({"status": "oom", "detail": str(error).splitlines()[0]}))
+        print(json.dumps({"status": "oom", "detail": str(error).splitlines()[0]}), flush=True)
