@@ -2,22 +2,32 @@
 
 The baseline of a case is the same step on one of the devices, in the same process: with the share of one
 device (weak, the default), or with the whole problem (strong). Efficiency is the rate over that of the
-baseline times the number of devices. Nothing is timed unless a small model gives the same losses on all
-devices as on one.
+baseline times the number of devices. What one device computes, several must find again before they are timed:
+a weak case gives each the baseline's rows (along ``seq``, its sequences one after the other, as segments), so
+that losses and gradient norms of two steps are those of the baseline. A memory carried over the border of two
+devices is checked by strong cases along ``seq``.
+
+Communication is given twice: as the time of a step over that of its share on one device, and, from a profile,
+as the time of the collectives and the part of it in which a device did nothing else.
+
+Cases are compiled a few at a time and written as they come, so that a run that is cut keeps what it had.
 """
 
 import dataclasses
+import itertools
 import re
 import sys
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from eval import common, plots
 from eval.common import Reporter, UsageError, cell, markdown_table
 from eval.results import Results, exact
 from eval.speed_parts.models import Size, model_config
+from eval.speed_parts.profile import communication_milliseconds
 from eval.speed_parts.timing import (
     Built,
     Job,
@@ -29,7 +39,8 @@ from eval.speed_parts.timing import (
     sample_seconds,
     say,
 )
-from holo_jax.parallel import BATCH_AXES, MESH_AXES, SEQ
+from holo_jax.config import HoloConfig
+from holo_jax.parallel import BATCH_AXES, DATA, MESH_AXES, SEQ
 from train.collectives import KINDS, collectives
 from train.loop import build
 from train.run_config import MeshConfig, OptimizerConfig
@@ -47,9 +58,15 @@ _OPTIMIZER = OptimizerConfig(
     clip_norm=1.0,
 )
 _STEPS = 1000
-_CONTROL = "seq@512 rows=4"
-_CONTROL_VOCAB = 512
+_CHAIN = 16
+_LINK_BYTES = (1024, 2**20, 2**26, 2**29)
 _TOLERANCE = 0.02  # of losses and gradient norms in bfloat16
+# What ``overlap`` asks of the compiler.
+_SCHEDULES: tuple[dict[str, Any], ...] = (
+    {},
+    {"xla_gpu_enable_latency_hiding_scheduler": True},
+    {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_while_loop_double_buffering": True},
+)
 
 
 class Case(NamedTuple):
@@ -61,6 +78,8 @@ class Case(NamedTuple):
       rows: sequences of one device; of all together if ``strong``, and along ``seq``.
       strong: 1 keeps the whole problem the same on one device, 0 the share of a device.
       remat, unroll, model: of the model.
+      overlap: 1 asks the compiler to order operations so that collectives run beside others, 2 also to take
+        two turns of a loop at a time.
     """
 
     axis: str
@@ -70,6 +89,7 @@ class Case(NamedTuple):
     remat: str = "dots"
     unroll: int = 1
     model: str = "holo"
+    overlap: int = 0
 
     def shape(self, devices: int, largest: int) -> tuple[int, int]:
         """Rows and tokens of the batch on ``devices`` devices, of at most ``largest``.
@@ -104,7 +124,10 @@ def parse_case(text: str) -> Case:
         if key not in kinds or key in ("axis", "length"):
             raise ValueError(f"case {text!r} has the unknown key {key!r}")
         options[key] = int(value) if kinds[key] is int else value
-    return Case(match[1], int(match[2]), **options)
+    case = Case(match[1], int(match[2]), **options)
+    if not 0 <= case.overlap < len(_SCHEDULES):
+        raise ValueError(f"case {text!r} has overlap {case.overlap}; it must be 0, 1 or 2")
+    return case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +141,16 @@ class Settings:
     options: tuple[str, ...]
     samples: int
     least_seconds: float
+    together: int
     workers: int
+    profile: bool
+    links: bool
     seed: int
 
     def __post_init__(self) -> None:
         for text in self.cases:
             parse_case(text)
-        for name in ("layers", "width", "vocab", "samples", "workers"):
+        for name in ("layers", "width", "vocab", "samples", "together", "workers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for text in self.options:
@@ -138,54 +164,84 @@ class Settings:
 
 
 class Plan(NamedTuple):
-    """One program: a case on a number of devices, its step functions and its batch."""
+    """One program: a case on a number of devices, its step functions and its batch.
 
-    where: dict[str, Any]
+    Attributes:
+      case, devices: what it is.
+      mesh, steps: where it runs, and what.
+      init: makes the state of one device, from which that of the mesh is divided.
+      rows, length: of the batch.
+      pieces: how often the batch holds that of one device, along rows and along time.
+      layers: of the model.
+    """
+
+    case: Case
+    devices: int
     mesh: Any
     steps: Any
+    init: Any
     rows: int
     length: int
+    pieces: tuple[int, int]
     layers: int
 
-    def jobs(self, options: dict[str, str]) -> list[Job]:
-        """The train step and the initialisation, to be compiled."""
-        batch = jax.ShapeDtypeStruct((1, self.rows, self.length), np.int32)
-        batches = {"tokens": batch, "segment_ids": batch}
-        return [
-            Job(self.where, lambda: self.steps.train.lower(self.steps.shapes, batches), options or None),
-            Job({"init": str(self.mesh.shape)}, lambda: self.steps.init.lower(_key(0))),
-        ]
+    @property
+    def where(self) -> dict[str, Any]:
+        """Its settings in results."""
+        totals = {"total_rows": self.rows, "total_length": self.length}
+        return self.case._asdict() | {"devices": self.devices} | totals
 
     @property
-    def keys(self) -> tuple[tuple, tuple]:
-        """What the programs of ``jobs`` depend on."""
-        return (id(self.steps), self.rows, self.length), (id(self.steps),)
+    def key(self) -> tuple:
+        """What its program depends on; cases may share one, that of one device say."""
+        return id(self.steps), self.rows, self.length, self.case.overlap
 
-    def start(self, init: Any, seed: int) -> Any:
-        """A new train state on the mesh."""
-        return init(jax.device_put(_key(seed), replicated(self.mesh)))
+    def job(self, options: dict[str, Any]) -> Job:
+        """The train step, to be compiled."""
+        ids = jax.ShapeDtypeStruct((1, self.rows, self.length), np.int32)
+        batch = {"tokens": ids, "segment_ids": ids}
+        options = options | _SCHEDULES[self.case.overlap]
+        return Job(self.where, lambda: self.steps.train.lower(self.steps.shapes, batch), options or None)
+
+    def start(self, seed: int) -> Any:
+        """A new train state on the mesh; the same on any."""
+        key = np.asarray(jax.random.key_data(jax.random.key(seed, impl="threefry2x32")))
+        return jax.device_put(self.init(jax.device_put(key, jax.devices()[0])), self.steps.shardings)
 
     def batch(self, seed: int, vocab: int) -> dict:
-        """Random tokens; rows are whole documents."""
-        shape = (self.rows, self.length)
+        """Random tokens; every row is a document, or one for each piece."""
+        along_rows, along_time = self.pieces
+        shape = (self.rows // along_rows, self.length // along_time)
         tokens = np.random.default_rng(seed).integers(vocab, size=shape, dtype=np.int32)
-        batch = {"tokens": tokens, "segment_ids": np.ones(shape, np.int32)}
+        segments = np.repeat(np.arange(1, along_time + 1, dtype=np.int32), shape[1])
+        batch = {"tokens": np.tile(tokens, self.pieces), "segment_ids": np.tile(segments, (self.rows, 1))}
         return put_batch(batch, 1, batch_sharding(self.mesh))
-
-
-def _key(seed: int) -> np.ndarray:
-    return np.asarray(jax.random.key_data(jax.random.key(seed, impl="threefry2x32")))
 
 
 def make_plan(case: Case, size: Size, devices: int, largest: int) -> Plan:
     """The program of ``case`` on the first ``devices`` devices."""
     rows, length = case.shape(devices, largest)
-    axes = {axis: devices if axis == case.axis else 1 for axis in MESH_AXES}
-    mesh = make_mesh(MeshConfig(devices=devices, **axes))
-    config = model_config(case.model, size, remat=case.remat, scan_unroll=min(case.unroll, size.layers))
-    _, steps = build(config, _OPTIMIZER, _STEPS, mesh)
-    where = case._asdict() | {"devices": devices, "total_rows": rows, "total_length": length}
-    return Plan(where, mesh, steps, rows, length, size.layers)
+    own = case.shape(1, largest)
+    plain = model_config(case.model, size)
+    config = plain.replace(remat=case.remat, scan_unroll=min(case.unroll, size.layers))
+
+    def on(count: int, model: HoloConfig) -> tuple[Any, Any]:
+        axes = {axis: count if axis == case.axis else 1 for axis in MESH_AXES}
+        mesh = make_mesh(MeshConfig(devices=count, **axes))
+        return mesh, build(model, _OPTIMIZER, _STEPS, mesh)[1]
+
+    mesh, steps = on(devices, config)
+    return Plan(
+        case=case,
+        devices=devices,
+        mesh=mesh,
+        steps=steps,
+        init=on(1, plain)[1].init,
+        rows=rows,
+        length=length,
+        pieces=(rows // own[0], length // own[1]),
+        layers=size.layers,
+    )
 
 
 def counts(largest: int) -> list[int]:
@@ -193,125 +249,197 @@ def counts(largest: int) -> list[int]:
     return sorted({2**k for k in range(largest.bit_length()) if 2**k <= largest} | {largest})
 
 
-def make_controls(settings: Settings, largest: int) -> list[Plan]:
-    """A small model on one device, and on all along each axis that is measured."""
-    size, control = Size(2, 256, _CONTROL_VOCAB), parse_case(_CONTROL)._replace(rows=4 * largest, strong=1)
-    axes = dict.fromkeys(parse_case(text).axis for text in settings.cases)
-    return [
-        make_plan(control._replace(axis=axis), size, devices, largest)
-        for axis, devices in ((SEQ, 1), *((axis, largest) for axis in axes))
-    ]
+class Baseline(NamedTuple):
+    """What one device did in a case: loss and gradient norm of two steps, and seconds of one."""
 
-
-def check_equal(plans: list[Plan], programs: list[tuple[Built, Built]], reporter: Reporter) -> bool:
-    """Two steps of the first plan, on one device, and of the others: do they agree?"""
-    seen: list[np.ndarray] = []
-    sound = True
-    for plan, (built, init) in zip(plans, programs, strict=True):
-        if built.program is None or init.program is None:
-            reporter.fail_control(f"{plan.where['axis']} did not compile: {built.detail}{init.detail}")
-            return False
-        state, found = plan.start(init.program, 0), []
-        for step in range(2):
-            state, metrics = built.program(state, plan.batch(step, _CONTROL_VOCAB))
-            found.append((float(metrics.loss), float(metrics.grad_norm)))
-        seen.append(np.array(found))
-        off = float(np.max(np.abs(seen[-1] / seen[0] - 1)))
-        axis, devices = plan.where["axis"], plan.where["devices"]
-        reporter.add(exact("relative_error", off, axis=axis, devices=devices))
-        if not off < _TOLERANCE:
-            sound = False
-            reporter.fail_control(f"{axis} on {devices} devices is off by {off:.3g} from one device")
-    return sound
+    found: np.ndarray
+    seconds: float
 
 
 def evaluate(settings: Settings, reporter: Reporter) -> None:
-    """The control, then every case on one device and on more."""
+    """Every case on one device and on more, in the order that is given."""
     largest = jax.device_count()
     if largest < 2:
         raise UsageError("one device is present; scaling needs at least two")
+    if settings.links:
+        measure_links(reporter, largest)
     size = Size(settings.layers, settings.width, settings.vocab)
-    controls = make_controls(settings, largest)
     plans = [
-        make_plan(parse_case(text), size, devices, largest)
-        for text in settings.cases
-        for devices in counts(largest)
+        [make_plan(case, size, devices, largest) for devices in counts(largest)]
+        for case in map(parse_case, settings.cases)
     ]
-    # Cases may share programs: their step on one device, say.
-    jobs: dict[tuple, Job] = {}
-    for plan in (*controls, *plans):
-        for key, job in zip(plan.keys, plan.jobs(settings.compiler_options), strict=True):
-            jobs.setdefault(key, job)
-    built = dict(zip(jobs, compile_all(list(jobs.values()), settings.workers), strict=True))
-    programs = [(built[plan.keys[0]], built[plan.keys[1]]) for plan in (*controls, *plans)]
-    if not check_equal(controls, programs[: len(controls)], reporter):
-        return
-    say("all devices agree with one")
-    rates: dict[tuple, float] = {}
-    for plan, (step, init) in zip(plans, programs[len(controls) :], strict=True):
-        measure(settings, reporter, plan, step, init, rates)
-        reporter.save()
+    # The first case alone, so that it is there as soon as may be.
+    stages = [plans[:1], *(plans[i : i + settings.together] for i in range(1, len(plans), settings.together))]
+    built: dict[tuple, Built] = {}
+    for stage in stages:
+        jobs: dict[tuple, Job] = {}
+        for plan in itertools.chain.from_iterable(stage):
+            if plan.key not in built:
+                jobs.setdefault(plan.key, plan.job(settings.compiler_options))
+        built.update(zip(jobs, compile_all(list(jobs.values()), settings.workers), strict=True))
+        for case in stage:
+            baseline = None
+            for plan in case:
+                found = measure(settings, reporter, plan, built[plan.key], baseline)
+                baseline = found if plan.devices == 1 else baseline
+                reporter.save()
+    for device in jax.local_devices():
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        if peak:
+            reporter.add(exact("device_peak_gib", peak / 2**30, device=device.id))
+
+
+def measure_links(reporter: Reporter, largest: int) -> None:
+    """An all-reduce among all devices, small and large: microseconds, and bytes a second in its ring.
+
+    Several follow one another in a program, each waiting for the last, as in a step. A ring of n sends
+    2 (n - 1) / n of the bytes from each device.
+    """
+    mesh = make_mesh(MeshConfig(devices=largest, data=largest, fsdp=1, seq=1, tensor=1))
+
+    def chained(x: jax.Array) -> jax.Array:
+        for _ in range(_CHAIN):
+            x = jax.lax.psum(x, DATA) * (1.0 / largest)
+        return x
+
+    run = jax.jit(jax.shard_map(chained, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+    for size in _LINK_BYTES:
+        x = jax.device_put(np.ones(size // 4, np.float32), replicated(mesh))
+        try:
+            seconds = sample_seconds(lambda x=x: run(x), samples=3, least_seconds=0.05)
+        except Exception as error:
+            reporter.note(f"no all-reduce of {size} bytes: {failure(error)[1]}")
+            return
+        where = {"devices": largest, "bytes": size}
+        each = [one / _CHAIN for one in seconds]
+        ring = [2 * (largest - 1) / largest * size / one for one in each]
+        reporter.add(
+            median("all_reduce_microseconds", each, where, scale=1e6),
+            median("all_reduce_ring_gb_per_second", ring, where, scale=1e-9),
+        )
+        say(f"all-reduce of {size:,} bytes: {1e6 * np.median(each):.1f} us, {np.median(ring) / 1e9:.1f} GB/s")
 
 
 def measure(
-    settings: Settings, reporter: Reporter, plan: Plan, step: Built, init: Built, rates: dict[tuple, float]
-) -> None:
-    """Times one program; ``rates`` holds those of one device by case."""
+    settings: Settings, reporter: Reporter, plan: Plan, step: Built, baseline: Baseline | None
+) -> Baseline | None:
+    """Checks one program against the baseline and times it; None if it did not run."""
     where = plan.where
     step = dataclasses.replace(step, job=dataclasses.replace(step.job, where=where))
-    if step.program is None or init.program is None:
+    if step.program is None:
         reporter.add(*missing(METRICS, step, "compilation"))
-        return
+        return None
     reporter.add(
         exact("peak_gib", program_bytes(step.program) / 2**30, **where),
         exact("compile_seconds", step.seconds, **where),
         *sent(step.program, plan),
     )
     try:
-        held = {"state": plan.start(init.program, settings.seed)}
+        held = {"state": plan.start(settings.seed)}
         batch = plan.batch(settings.seed, settings.vocab)
 
         def one() -> Any:
             held["state"], metrics = step.program(held["state"], batch)
-            return metrics.loss
+            return metrics
 
+        found = np.array([[float(x) for x in (m.loss, m.grad_norm)] for m in (one(), one())])
+        if plan.devices > 1:
+            if baseline is None:
+                reporter.note(f"{_name(plan)}: one device did not run, so nothing is compared with it")
+            elif not agrees(reporter, plan, found, baseline):
+                return None
         seconds = sample_seconds(one, samples=settings.samples, least_seconds=settings.least_seconds)
+        median_seconds = median("milliseconds", seconds, where).value
     except Exception as error:
         status, detail = failure(error)
         reporter.add(*missing(METRICS, dataclasses.replace(step, status=status, detail=detail), "run"))
-        return
+        return None
     rate = median("tokens_per_second", [plan.rows * plan.length / s for s in seconds], where)
     reporter.add(rate, median("milliseconds", seconds, where, scale=1e3))
-    case = tuple(where[name] for name in Case._fields)
-    if where["devices"] == 1:
-        rates[case] = rate.value
-    elif case in rates:
-        reporter.add(exact("efficiency", rate.value / (where["devices"] * rates[case]), **where))
-    say(f"{' '.join(str(v) for v in where.values())}: {rate.value:,.0f} tokens/s")
+    if plan.devices > 1 and baseline is not None:
+        share = baseline.seconds / (plan.devices if plan.case.strong else 1)
+        reporter.add(
+            exact("efficiency", share / median_seconds, **where),
+            exact("exposed_milliseconds", 1e3 * (median_seconds - share), by="one device", **where),
+        )
+    say(f"{_name(plan)}: {rate.value:,.0f} tokens/s, {1e3 * median_seconds:.1f} ms")
+    if settings.profile and plan.devices > 1:
+        try:
+            profiled = communication_milliseconds(one)
+        except Exception as error:
+            profiled = None
+            reporter.note(f"{_name(plan)}: no profile: {failure(error)[1]}")
+        if profiled is not None:
+            reporter.add(
+                exact("communication_milliseconds", profiled[0], **where),
+                exact("exposed_milliseconds", profiled[1], by="profile", **where),
+            )
+            say(f"collectives {profiled[0]:.1f} ms, {profiled[1]:.1f} of it alone")
+    return Baseline(found, median_seconds)
+
+
+def agrees(reporter: Reporter, plan: Plan, found: np.ndarray, baseline: Baseline) -> bool:
+    """Whether two steps have the losses and gradient norms of the baseline."""
+    off = float(np.max(np.abs(found / baseline.found - 1)))
+    reporter.add(exact("relative_error", off, **plan.where))
+    if off < _TOLERANCE:
+        return True
+    reporter.fail_control(f"{_name(plan)}: losses or gradients are off by {off:.3g} from one device")
+    return False
+
+
+def _name(plan: Plan) -> str:
+    return " ".join(f"{key}={value}" for key, value in plan.where.items())
 
 
 def sent(program: Any, plan: Plan) -> list:
     """MiB that one device receives in a step, by kind; what is in a loop counts once for each run."""
     total = dict.fromkeys(KINDS, 0.0)
-    unroll = max(1, plan.where["unroll"])
+    turns = plan.layers // min(plan.case.unroll, plan.layers)
     for one in collectives(program.as_text()):
-        total[one.kind] += one.bytes * (plan.layers // min(unroll, plan.layers) if one.in_loop else 1)
+        total[one.kind] += one.bytes * (turns if one.in_loop else 1)
     return [exact("sent_mib", size / 2**20, kind=kind, **plan.where) for kind, size in total.items() if size]
 
 
 def table(results: Results) -> str:
     """One line a program."""
+
+    def one(name: str, where: dict[str, Any], digits: int) -> str:
+        return next((cell(found, digits) for found in results.select(name, **where)), "")
+
     rows = []
     for value in results.select("tokens_per_second"):
         where = value.where
-        found = [results.select(name, **where) for name in ("efficiency", "peak_gib", "compile_seconds")]
         sends = ", ".join(f"{v.where['kind']} {v.value:,.1f}" for v in results.select("sent_mib", **where))
         kind = "strong" if where["strong"] else "weak"
         name = f"{where['axis']} {kind}, {where['total_rows']} x {where['total_length']:,}"
-        options = f"remat {where['remat']}, unroll {where['unroll']}"
-        cells = (cell(one[0]) if one else "" for one in found)
+        options = f"remat {where['remat']}, unroll {where['unroll']}, overlap {where['overlap']}"
+        profiled = [
+            one("exposed_milliseconds", where | {"by": "profile"}, 1),
+            one("communication_milliseconds", where, 1),
+        ]
+        cells = (
+            one("milliseconds", where, 1),
+            one("efficiency", where, 3),
+            one("exposed_milliseconds", where | {"by": "one device"}, 1),
+            " of ".join(filter(None, profiled)),
+            one("peak_gib", where, 2),
+            one("compile_seconds", where, 0),
+        )
         rows.append((name, options, where["devices"], cell(value, 0), *cells, sends))
-    head = ("case", "model", "devices", "tokens/s", "efficiency", "peak GiB", "compile s", "MiB sent a step")
+    head = (
+        "case",
+        "model",
+        "devices",
+        "tokens/s",
+        "ms",
+        "efficiency",
+        "ms over one device's share",
+        "ms of collectives alone, of all",
+        "planned GiB a device",
+        "compile s",
+        "MiB received a step",
+    )
     return markdown_table(head, rows)
 
 
@@ -327,7 +455,8 @@ def figures(results: Results, theme: str) -> dict:
         for index, case in enumerate(names):
             values = [v for v in found if tuple(v.where[name] for name in Case._fields) == case]
             own = Case(*case)
-            label = f"{own.axis} {own.length:,} {'strong' if own.strong else 'weak'}, unroll {own.unroll}"
+            kind = "strong" if own.strong else "weak"
+            label = f"{own.axis} {own.length:,} {kind}, unroll {own.unroll}, overlap {own.overlap}"
             plots.line(
                 axis,
                 values,

@@ -18,15 +18,19 @@ _VARIANTS = {
         cases=(
             "data@4096 rows=8",
             "fsdp@4096 rows=8",
-            "fsdp@4096 rows=8 unroll=12",
-            "seq@65536",
             "seq@65536 strong=1",
+            "seq@65536",
             "seq@1048576 remat=full",
+            "fsdp@4096 rows=8 overlap=1",
+            "fsdp@4096 rows=8 unroll=12 overlap=1",
         ),
         options=(),  # XLA compiler options of every program, NAME=VALUE
         samples=3,
         least_seconds=0.5,
+        together=4,  # cases compiled before they are timed; the first is compiled alone
         workers=12,  # programs compiled at a time
+        profile=True,  # the collectives of a step, by the profiler
+        links=True,  # an all-reduce of all devices at four sizes
         seed=0,
     ),
     "quick": dict(
@@ -36,7 +40,10 @@ _VARIANTS = {
         cases=("fsdp@64 rows=2", "seq@256 strong=1"),
         samples=2,
         least_seconds=0.001,
+        together=1,
         workers=2,
+        profile=False,
+        links=False,
     ),
 }
 

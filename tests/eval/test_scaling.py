@@ -1,9 +1,13 @@
 """Scaling cases: what is on each number of devices, what is refused."""
 
+import jax
+import numpy as np
 import pytest
 
 from eval import scaling
 from eval.common import UsageError, freeze, load_config
+from eval.speed_parts.models import Size
+from eval.speed_parts.profile import exposed
 
 
 def test_cases_are_parsed_and_divided():
@@ -17,9 +21,41 @@ def test_cases_are_parsed_and_divided():
     assert [scaling.counts(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
     with pytest.raises(UsageError, match="rows 8 must be a multiple of 3 devices"):
         rows._replace(strong=1).shape(3, 3)
-    for text, message in (("time@64", "with a mesh axis"), ("seq@64 length=2", "unknown key 'length'")):
+    for text, message in (
+        ("time@64", "with a mesh axis"),
+        ("seq@64 length=2", "unknown key 'length'"),
+        ("seq@64 overlap=3", "overlap 3; it must be 0, 1 or 2"),
+    ):
         with pytest.raises(ValueError, match=message):
             scaling.parse_case(text)
+
+
+def test_collectives_are_exposed_where_nothing_else_runs():
+    spans = [
+        ("gemm", 0, 10),
+        ("ncclDevKernel_AllGather", 5, 20),
+        ("ncclDevKernel_AllReduce", 15, 10),
+        ("norm", 22, 1),
+    ]
+    events = [{"name": name, "ts": begin, "dur": duration} for name, begin, duration in spans]
+    assert exposed(events) == (20, 14)
+    assert exposed(events[:1]) == (0, 0)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("text", ["data@16 rows=2", "seq@16 rows=2", "seq@16 rows=2 strong=1"])
+def test_several_devices_do_what_one_does(text: str):
+    """Weak cases repeat the rows of one device, along ``seq`` as segments, so that the losses are equal."""
+    plans = [scaling.make_plan(scaling.parse_case(text), Size(1, 64, 32), n, 2) for n in (1, 2)]
+    batches = [jax.device_get(plan.batch(0, 32)) for plan in plans]
+    assert [b["tokens"].shape[1:] for b in batches] == [(p.rows, p.length) for p in plans]
+    one, two = (b["tokens"][0] for b in batches)
+    axis = 1 if text.startswith("seq") else 0
+    want = one if "strong" in text else np.concatenate([one, one], axis=axis)
+    np.testing.assert_array_equal(two, want)
+    assert set(batches[1]["segment_ids"].ravel()) == ({1, 2} if text == "seq@16 rows=2" else {1})
+    start = plans[1].start(0)
+    assert start.params["head"]["weight"].sharding == plans[1].steps.shardings.params["head"]["weight"]
 
 
 def test_every_setting_is_valid():
