@@ -304,9 +304,14 @@ def measure_links(reporter: Reporter, largest: int) -> None:
 
     run = jax.jit(jax.shard_map(chained, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
     for size in _LINK_BYTES:
-        x = jax.device_put(np.ones(size // 4, np.float32), replicated(mesh))
+        held = {"x": jax.device_put(np.ones(size // 4, np.float32), replicated(mesh))}
+
+        def one(held: dict = held) -> jax.Array:
+            held["x"] = run(held["x"])
+            return held["x"]
+
         try:
-            seconds = sample_seconds(lambda x=x: run(x), samples=3, least_seconds=0.05)
+            seconds = sample_seconds(one, samples=5, least_seconds=0.002)
         except Exception as error:
             reporter.note(f"no all-reduce of {size} bytes: {failure(error)[1]}")
             return
