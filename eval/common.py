@@ -207,6 +207,11 @@ def cell(value: Value | None, digits: int = 3) -> str:
     return f"{text} [{value.low:.{digits}f}, {value.high:.{digits}f}]"
 
 
+def with_notes(table: str, notes: Sequence[str]) -> str:
+    """A table, and under it what a reader of its numbers must know."""
+    return "\n\n".join((table, *(f"Note: {note}" for note in notes)))
+
+
 def run(
     name: str,
     settings_type: type,
@@ -250,11 +255,9 @@ def run(
     path = results.write(out)
     for stem, figure in figures(results, "light").items():
         plots.save(figure, out / f"{stem}.png")
-    text = table(results)
+    text = with_notes(table(results), results.notes)
     write_atomically(out / "table.md", text + "\n")
     print(text)
-    for note in results.notes:
-        print(f"\nnote: {note}")
     print(f"\n{path}: {len(results.values)} values in {results.seconds:.0f} s")
     return 1 if reporter.failed_controls else 0
 

@@ -1,4 +1,4 @@
-"""Which failures are results: running out of memory is one, a programming error is not."""
+"""Which failures are results: no memory left and numbers that are not finite; a programming error is none."""
 
 import jax
 
@@ -14,7 +14,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def as_status(error: BaseException) -> str:
-    """ "oom" for running out of memory; anything else is raised again."""
+    """ "oom" for running out of memory, "diverged" for numbers not finite; others are raised again."""
     if is_out_of_memory(error):
         return "oom"
+    if isinstance(error, FloatingPointError):
+        return "diverged"
     raise error

@@ -70,11 +70,28 @@ class Grid:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Result of a grid: parameters [seeds, rates, ...], losses [seeds, rates, logged], logged steps."""
+    """Result of a grid.
+
+    Attributes:
+      params: parameters [seeds, rates, ...], the last finite ones of each member.
+      losses: [seeds, rates, logged]; NaN where a step was not finite.
+      steps: the logged steps.
+      skipped: steps [seeds, rates] whose loss or gradient was not finite; they changed nothing.
+    """
 
     params: Params
     losses: np.ndarray
     steps: np.ndarray
+    skipped: np.ndarray
+
+    @property
+    def diverged(self) -> np.ndarray:
+        """Members [seeds, rates] whose last step was not finite: what they score is no result."""
+        return ~np.isfinite(self.losses[..., -1])
+
+    def score(self, scores: np.ndarray) -> np.ndarray:
+        """Scores [seeds, rates] with NaN for members that diverged, so that ``choose_rate`` leaves them."""
+        return np.where(self.diverged, np.nan, np.asarray(scores, np.float64))
 
 
 def train(
@@ -94,7 +111,7 @@ def train(
       draw: key -> batch, traceable; called once a step and seed.
       done: called after each ``log_every`` steps.
 
-    A run whose loss is not finite keeps its last finite parameters from then on and logs NaN.
+    A step whose loss or gradient is not finite changes nothing, is counted and logged as NaN.
     """
     adam = optax.chain(
         optax.clip_by_global_norm(grid.clip),
@@ -108,14 +125,14 @@ def train(
     def start(keys):
         def one(key):
             params = init(jax.random.fold_in(key, 0))
-            return params, adam.init(params)
+            return params, adam.init(params), jnp.int32(0)
 
         single = jax.vmap(one)(keys)
         return jax.tree.map(lambda x: jnp.repeat(x[:, None], len(grid.rates), axis=1), single)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run(state, first):
-        def update(params, moments, rate, batch, step):
+        def update(params, moments, skipped, rate, batch, step):
             value, gradient = jax.value_and_grad(loss)(params, batch)
             change, after = adam.update(gradient, moments, params)
             size = rate * grid.schedule(step)
@@ -123,15 +140,14 @@ def train(
             good = jnp.isfinite(optax.global_norm(gradient)) & jnp.isfinite(value)
             keep = functools.partial(jnp.where, good)
             params, moments = jax.tree.map(keep, (moved, after), (params, moments))
-            return params, moments, jnp.where(good, value, jnp.nan)
+            return (params, moments, skipped + ~good), jnp.where(good, value, jnp.nan)
 
-        over_rates = jax.vmap(update, in_axes=(0, 0, 0, None, None))
-        over_seeds = jax.vmap(over_rates, in_axes=(0, 0, None, 0, None))
+        over_rates = jax.vmap(update, in_axes=(0, 0, 0, 0, None, None))
+        over_seeds = jax.vmap(over_rates, in_axes=(0, 0, 0, None, 0, None))
 
         def body(state, step):
             batches = jax.vmap(lambda key: draw(jax.random.fold_in(jax.random.fold_in(key, 1), step)))(keys)
-            params, moments, value = over_seeds(*state, rates, batches, step)
-            return (params, moments), value
+            return over_seeds(*state, rates, batches, step)
 
         state, values = jax.lax.scan(body, state, first + jnp.arange(grid.log_every))
         return state, values[-1]
@@ -143,16 +159,22 @@ def train(
         logged.append(np.asarray(value))
         done(grid.log_every)
     steps = np.arange(grid.log_every, grid.steps + 1, grid.log_every)
-    return Trained(state[0], np.stack(logged, -1), steps)
+    return Trained(state[0], np.stack(logged, -1), steps, np.asarray(state[2]))
 
 
 def choose_rate(scores: np.ndarray) -> int:
     """Index of the learning rate with the best mean validation score over seeds; scores [seeds, rates].
 
-    A rate with a score that is not finite on any seed is out, unless all are.
+    A rate with a score that is not finite on any seed is out.
+
+    Raises:
+      FloatingPointError: if all are.
     """
     averages = np.asarray(scores, np.float64).mean(0)
-    return int(np.argmax(np.where(np.isfinite(averages), averages, -np.inf)))
+    finite = np.isfinite(averages)
+    if not finite.any():
+        raise FloatingPointError("training ended with losses that are not finite at every learning rate")
+    return int(np.argmax(np.where(finite, averages, -np.inf)))
 
 
 def select_rate(params: Params, index: int) -> Params:

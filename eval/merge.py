@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval import models, plots
-from eval.common import check_out, refuse
+from eval.common import check_out, refuse, with_notes
 from eval.registry import view_of
 from eval.results import Results, write_atomically
 
@@ -69,7 +69,7 @@ def draw(results: Results, out: Path) -> None:
     results.write(out)
     for stem, figure in view.figures(results, "light").items():
         plots.save(figure, out / f"{stem}.png")
-    write_atomically(out / "table.md", view.table(results) + "\n")
+    write_atomically(out / "table.md", with_notes(view.table(results), results.notes) + "\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

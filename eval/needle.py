@@ -176,13 +176,14 @@ def run_model(name: str, settings: Settings, reporter: Reporter) -> None:
     test_key = jax.random.key(2**31 - 1)
     held_out = jax.jit(lambda k: training_batch(k, settings))(jax.random.fold_in(test_key, 0))
     scores = jax.jit(jax.vmap(jax.vmap(right, (0, None)), (0, None)))(trained.params, held_out)
-    best = choose_rate(np.asarray(scores))
+    scores = trained.score(scores)
+    best = choose_rate(scores)
     params = select_rate(trained.params, best)
     where = {"model": name, "preset": settings.models[name]["preset"]}
     reporter.add(
         exact("rate", grid.rates[best], **where),
         exact("train_seconds", seconds, detail="all seeds and rates, compilation included", **where),
-        mean("validation_accuracy", np.asarray(scores)[:, best], **where),
+        mean("validation_accuracy", scores[:, best], **where),
     )
     growing = "attention" in config.layer_kinds
     if not growing:
@@ -236,7 +237,12 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     cells = len(settings.lengths) * len(settings.depths)
     reporter.steps.expect(len(settings.select) * (settings.grid.steps + cells))
     for name in settings.select:
-        run_model(name, settings, reporter)
+        try:
+            run_model(name, settings, reporter)
+        except Exception as error:
+            reporter.add(absent("accuracy", as_status(error), detail=str(error)[:500], model=name))
+            if settings.models[name]["preset"] == "attention":
+                reporter.fail_control(f"{name} could not be trained: {str(error)[:200]}")
         reporter.save()
     if not models.has_control(settings.models, settings.select):
         reporter.note(models.MISSING_CONTROL)

@@ -13,6 +13,7 @@ published average); "train_loss", "train_seconds", "state_bytes" (float32, all l
 
 import dataclasses
 import functools
+import math
 import sys
 import time
 
@@ -26,7 +27,7 @@ from eval.common import Reporter
 from eval.failures import as_status
 from eval.grid import Grid, choose_rate, select_rate, train
 from eval.published import MQAR, MQAR_CITATION
-from eval.results import absent, exact, mean, proportion, published
+from eval.results import Value, absent, exact, mean, proportion, published
 from holo_jax.array_types import Array
 from train.model_functions import ModelFunctions
 
@@ -154,7 +155,8 @@ def run_model(name: str, settings: Settings, reporter: Reporter, tests: dict, ke
 
     held_out = jax.jit(lambda k: validation_batch(k, settings))(jax.random.fold_in(key, 1))
     scores = jax.jit(jax.vmap(jax.vmap(right, (0, None)), (0, None)))(trained.params, held_out)
-    best = choose_rate(np.asarray(scores))
+    scores = trained.score(scores)
+    best = choose_rate(scores)
     params = select_rate(trained.params, best)
     one = jax.vmap(lambda p, packed: query_logits(functions, p, packed).argmax(-1), (0, None))
     predict = functools.partial(jax.jit(one), params)
@@ -179,12 +181,29 @@ def run_model(name: str, settings: Settings, reporter: Reporter, tests: dict, ke
     for step, losses in zip(trained.steps, trained.losses[:, best].T, strict=True):
         if np.isfinite(losses).all():
             reporter.add(mean("train_loss", losses, step=int(step), **where))
-    for rate, per_seed in zip(grid.rates, np.asarray(scores).T, strict=True):
-        reporter.add(mean("validation_accuracy", per_seed, rate=rate, **where))
-    if not np.isfinite(trained.losses[:, best]).all():
-        reporter.note(f"{name}: a step with a gradient that is not finite was skipped")
+    for rate, per_seed in zip(grid.rates, scores.T, strict=True):
+        reporter.add(validation(per_seed, rate=rate, **where))
+    if trained.skipped[:, best].any():
+        reporter.note(
+            f"{name}: {trained.skipped[:, best].sum()} steps whose gradient was not finite were skipped"
+        )
+    guess = math.log(settings.shared["vocab_size"] / 2)
+    last = trained.losses[:, best, -1].mean()
+    if last > 0.99 * guess:
+        reporter.note(
+            f"{name}: its loss of {last:.2f} after {grid.steps} steps is that of a guess among all values "
+            f"({guess:.2f}): it did not learn in this budget, and its accuracy is chance"
+        )
     if settings.models[name]["preset"] == "attention":
         check_control(name, settings, reporter)
+
+
+def validation(scores: np.ndarray, **where) -> Value:
+    """Validation accuracy over seeds; "diverged" where a seed's training ended with a loss not finite."""
+    lost = int((~np.isfinite(scores)).sum())
+    if lost:
+        return absent("validation_accuracy", "diverged", detail=f"{lost} of {len(scores)} seeds", **where)
+    return mean("validation_accuracy", scores, **where)
 
 
 def _host() -> jax.Device:
@@ -222,8 +241,9 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         try:
             run_model(name, settings, reporter, tests, jax.random.fold_in(test_key, 10**6))
         except Exception as error:
-            status = as_status(error)
-            reporter.add(absent("accuracy_mean", status, detail=str(error)[:500], model=name))
+            reporter.add(absent("accuracy_mean", as_status(error), detail=str(error)[:500], model=name))
+            if settings.models[name]["preset"] == "attention":
+                reporter.fail_control(f"{name} could not be trained: {str(error)[:200]}")
         reporter.save()
     if not models.has_control(settings.models, settings.select):
         reporter.note(models.MISSING_CONTROL)

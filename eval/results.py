@@ -3,7 +3,7 @@
 A result file is a flat list of values. Each value names its metric and the setting it belongs to
 (``where``: model, length, pairs, ...), its number of trials, and a 95% interval, so that tables,
 plots and the report read every evaluation the same way. A cell that could not be measured has a
-``status`` ("oom", "failed", "unavailable") and no number: it is never recorded as zero.
+``status`` ("oom", "diverged", "failed", "unavailable") and no number: it is never recorded as zero.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from eval.intervals import bootstrap, wilson
 
 SCHEMA = 1
 FILENAME = "results.json"
-STATUSES = ("ok", "oom", "failed", "unavailable")
+STATUSES = ("ok", "oom", "diverged", "failed", "unavailable")
 SOURCES = ("measured", "theory", "published")
 INTERVALS = ("wilson", "bootstrap", "normal", "exact", "none")
 
@@ -43,7 +43,8 @@ class Value:
         those are known), "exact" (deterministic), "none" (a published or theoretical number without one; a
         measured value is never "none").
       source: "measured" here, "theory" (a formula) or "published" (somebody else's figure).
-      status: "ok", "oom" (out of memory), "failed", "unavailable" (the environment lacks something).
+      status: "ok", "oom" (out of memory), "diverged" (not finite), "failed", "unavailable" (the environment
+        lacks something).
       detail: free text, for example the error behind a status or the citation of a published value.
     """
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.grid import Grid, choose_rate, select_rate, train
+from eval import recall
+from eval.grid import Grid, Trained, choose_rate, select_rate, train
 
 SETTINGS = dict(warmup=0.1, weight_decay=0.0, clip=10.0, b2=0.99, log_every=20)
 
@@ -37,6 +38,7 @@ def test_every_seed_and_rate_is_trained(trained):
     assert trained.params["w"].shape == (2, 2, 3, 2)
     assert trained.losses.shape == (2, 2, 5)
     assert trained.steps.tolist() == [20, 40, 60, 80, 100]
+    assert not trained.skipped.any()
     assert (trained.losses[:, 1, -1] < 0.1).all()
     assert (trained.losses[:, 0, -1] > 1.0).all()
     assert np.abs(select_rate(trained.params, 1)["w"][0] - np.arange(6.0).reshape(3, 2)).max() < 0.3
@@ -55,6 +57,9 @@ def test_a_step_that_is_not_finite_changes_nothing():
     assert np.isnan(broken.losses).all()
     start = init(jax.random.fold_in(jax.random.key(0), 0))["w"]
     np.testing.assert_allclose(broken.params["w"][0, 0], start, rtol=1e-6)
+    assert broken.skipped.tolist() == [[20]]
+    with pytest.raises(FloatingPointError, match="at every learning rate"):
+        choose_rate(broken.score(np.array([[0.5]])))
 
 
 def test_the_schedule_rises_and_falls_to_zero():
@@ -69,6 +74,16 @@ def test_the_schedule_rises_and_falls_to_zero():
 def test_the_rate_is_chosen_over_seeds_and_diverged_rates_are_out():
     assert choose_rate(np.array([[0.1, 0.9, np.nan], [0.2, 0.4, 1.0]])) == 1
     assert choose_rate(np.array([[np.nan, 0.3]])) == 1
+
+
+def test_what_a_diverged_member_scores_is_no_result():
+    losses = np.array([[[1.0, np.nan], [1.0, 0.5]], [[1.0, 0.2], [np.nan, 0.5]]])
+    members = Trained({}, losses, np.array([1, 2]), np.array([[1, 0], [0, 1]]))
+    assert members.diverged.tolist() == [[True, False], [False, False]]
+    scores = members.score(np.array([[0.9, 0.4], [0.9, 0.4]]))
+    assert choose_rate(scores) == 1
+    assert recall.validation(scores[:, 0], model="m").status == "diverged"
+    assert recall.validation(scores[:, 1], model="m").value == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,17 @@ def test_a_cell_out_of_memory_is_named_and_fails_the_control_of_attention():
     assert len(reporter.failed_controls) == 1
 
 
+def test_a_model_that_cannot_be_trained_has_no_number_in_any_cell(monkeypatch):
+    def run(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(needle, "run_model", run)
+    reporter = Reporter("needle", settings(), (0,), out=None, command="x")
+    needle.evaluate(settings(), reporter)
+    assert needle_view.table(reporter.results()).count("OOM") == 4
+    assert needle_view.figures(reporter.results(), "light")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -91,7 +91,7 @@ def test_attention_below_the_line_is_a_failed_control(results):
     assert "harness" in reporter.failed_controls[0]
 
 
-def test_out_of_memory_is_recorded_and_other_errors_are_not(monkeypatch):
+def test_out_of_memory_and_divergence_are_recorded_and_other_errors_are_not(monkeypatch):
     chosen = settings()
 
     def fail(error):
@@ -105,6 +105,11 @@ def test_out_of_memory_is_recorded_and_other_errors_are_not(monkeypatch):
     recall.evaluate(chosen, reporter)
     assert reporter.results().one("accuracy_mean", model="small").status == "oom"
     assert "OOM" in recall_view.table(reporter.results())
+    assert "could not be trained" in reporter.failed_controls[0]
+    reporter = Reporter("recall", chosen, (0,), out=None, command="x")
+    monkeypatch.setattr(recall, "run_model", fail(FloatingPointError("not finite at every learning rate")))
+    recall.evaluate(chosen, reporter)
+    assert "diverged" in recall_view.table(reporter.results())
     monkeypatch.setattr(recall, "run_model", fail(jax.errors.JaxRuntimeError("INVALID_ARGUMENT")))
     with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID"):
         recall.evaluate(chosen, reporter)
