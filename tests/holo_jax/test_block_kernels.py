@@ -1,8 +1,6 @@
 """Denoiser and loss by backend: what runs where, and that the kernels are given the right arguments."""
 
 import sys
-import types
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -10,38 +8,16 @@ import numpy as np
 import pytest
 
 from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
-from holo_jax.kernels import hopper, linear_cross_entropy, swiglu
+from holo_jax.kernels import linear_cross_entropy, swiglu
 from holo_jax.kernels import linear_cross_entropy as loss_entry
 from holo_jax.model import _remat
+from tests.holo_jax.kernel_package import install
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Stands in for the package of kernels: its functions in plain JAX, and a list of their calls."""
-    calls = []
-
-    def swiglu_mlp(x, gate_up, w_down, *, compute_dtype):
-        calls.append(("swiglu", x.shape, gate_up.shape))
-        gate, up = (x @ gate_up[:, i].astype(compute_dtype) for i in (0, 1))
-        return (jax.nn.silu(gate) * up) @ w_down.astype(compute_dtype)
-
-    def linear_cross_entropy_objective(hidden, weight, targets, *, ignore_index, **options):
-        calls.append(("loss", options["row_chunk"], options["impl"]))
-        logits = (hidden @ weight.astype(hidden.dtype).T).astype(jnp.float32)
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[:, None], 1)[:, 0]
-        return SimpleNamespace(objective_sum=-jnp.sum(jnp.where(targets == ignore_index, 0, picked)))
-
-    for name, members in (
-        ("jla", {}),
-        ("jla.ops", {}),
-        ("jla.ops.mosaic_gpu", {}),
-        ("jla.ops.mosaic_gpu.fused_gemm", {"swiglu_mlp": swiglu_mlp}),
-        ("jla.ops.cross_entropy", {"linear_cross_entropy_objective": linear_cross_entropy_objective}),
-    ):
-        module = types.ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(hopper, "missing", lambda: None)
+    """Calls of the package that stands in for the kernels, as on one device."""
+    calls = install(monkeypatch)
     for module in ("holo_jax.kernels.swiglu", "holo_jax.kernels.linear_cross_entropy"):
         monkeypatch.setattr(sys.modules[module], "partitioned", lambda: False)
     return calls
@@ -76,7 +52,7 @@ def test_the_kernel_computes_the_loss(kernels):
     weights = jax.random.normal(jax.random.key(2), (64, 50)) / 8
     targets = jax.random.randint(jax.random.key(3), (2, 8), 0, 50).at[:, -1].set(IGNORE)
     total, count = loss_entry(hidden, weights, targets, chunk_tokens=256)
-    assert kernels == [("loss", 256, "mosaic_gpu")]
+    assert kernels == [("loss", (16, 64), (50, 64), 256, "mosaic_gpu")]
     wanted, counted = chunked_cross_entropy(hidden, weights, targets, chunk_tokens=256)
     assert count == counted == 14
     np.testing.assert_allclose(total, wanted, rtol=2e-2)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from holo_jax.model import init_state
+from tests.holo_jax.kernel_package import install
 from tests.train.common import micro_config
 from train.collectives import Collective, collectives
 from train.errors import MeshError
@@ -213,6 +214,36 @@ def test_no_device_holds_the_activations_of_all(axis: str) -> None:
     assert over_time
     large = {shape for shape in over_time if math.prod(shape) >= ROWS * TIME * 24}
     assert {shape for shape in large if axis != "tensor" or 24 not in shape} == set()
+
+
+@pytest.mark.parametrize("axis", MESH_AXES)
+def test_kernels_run_on_each_devices_part(axis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory, denoiser and loss find a device's shapes, and run by kernel wherever one device would."""
+    calls = install(monkeypatch)
+    rows, time = 4, 128
+    sizes = {f"mesh__{name}": 2 if name == axis else 1 for name in MESH_AXES}
+    config = micro_config(
+        model__preset="holo",
+        model__precision__storage="bfloat16",
+        model__hidden_size=192,
+        model__hd_dim=128,
+        model__head_dim=64,
+        model__phasors=32,
+        mesh__devices=2,
+        **sizes,
+    )
+    functions = model_functions(config.model)
+    ids = jax.ShapeDtypeStruct((rows, time), np.int32)
+    with jax.set_mesh(make_mesh(config.mesh)):
+        jax.eval_shape(functions.loss, functions.shapes, ids, ids, None)
+    b, t = rows // (2 if axis in ("data", "fsdp") else 1), time // (2 if axis == "seq" else 1)
+    ways = 2 if axis == "tensor" else 1
+    # A part of a divided sequence finds its transition in as many more channels as a key has.
+    memory = ("memory", (b, t, 2 // ways, 64 + (64 if axis == "seq" else 0)))
+    denoiser = ("swiglu", (b, t, 192), (192, 2, 512 // ways))
+    loss = ("loss", (b * t, 192), (64, 192), config.model.loss_chunk, "mosaic_gpu")
+    # The loss over a divided vocabulary has no kernel.
+    assert calls == [memory, denoiser] + ([] if axis == "tensor" else [loss])
 
 
 def test_collectives_are_read_from_text() -> None:
