@@ -85,6 +85,8 @@ class HoloConfig:
       anchor_every: make every k-th layer softmax attention with RoPE; 0 for none.
       attention_window: sliding window of attention layers in tokens; 0 for full causal attention.
       rope_base: base of the rotary frequencies.
+      key_conv: taps of a causal depthwise convolution over the keys of attention layers, which starts as the
+        mean of the previous and the current key ("smeared" keys: Olsson et al. 2022); 0 for none.
       tie_embeddings: use the embedding as the output projection.
       initializer_range: standard deviation of the output projection at initialisation.
       remat: what the backward pass recomputes: nothing, all but matrix products, or whole blocks.
@@ -130,6 +132,7 @@ class HoloConfig:
     anchor_every: int = 0
     attention_window: int = 0
     rope_base: float = 10000.0
+    key_conv: int = 0
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     remat: Remat = "none"
@@ -155,6 +158,7 @@ class HoloConfig:
             "attention_window",
             "short_conv",
             "value_conv",
+            "key_conv",
             "chunk_size",
             "phasor_seed",
         ):
@@ -166,8 +170,11 @@ class HoloConfig:
             raise ValueError(
                 "short_conv is 1; it must be 0 (fixed shift) or at least 2 taps (current and previous)"
             )
-        if self.value_conv == 1:
-            raise ValueError("value_conv is 1; it must be 0 (none) or at least 2 taps (current and previous)")
+        for name in ("value_conv", "key_conv"):
+            if getattr(self, name) == 1:
+                raise ValueError(
+                    f"{name} is 1; it must be 0 (none) or at least 2 taps (current and previous)"
+                )
         if self.scan_unroll < 1:
             raise ValueError(f"scan_unroll is {self.scan_unroll}; it must be at least 1")
         if self.erase and self.mixer == "holo":

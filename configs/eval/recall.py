@@ -18,7 +18,7 @@ _SIZES = {"4k": (128, 16), "16k": (256, 32), "64k": (512, 64)}  # state floats a
 
 
 def _models() -> dict:
-    models = {"attention": dict(preset="attention", hd_dim=128)}
+    models = {"attention": dict(preset="attention", hd_dim=128, key_conv=4)}
     for size, (hd_dim, phasors) in _SIZES.items():
         outer = dict(hd_dim=hd_dim, phasors=phasors)
         models[f"holo_{size}"] = dict(preset="holo", **outer)

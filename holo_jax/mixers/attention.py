@@ -11,9 +11,10 @@ from jax import lax
 from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import phases_at, rope_frequencies
-from holo_jax.layers import Linear, project, residual_std
+from holo_jax.layers import Linear, parameter, project, residual_std
 from holo_jax.mixers.context import Context
 from holo_jax.parallel import SEQ, ambient_mesh, layout, sequence_axis, sharded
+from holo_jax.sequence import next_tail, of_last_device, short_convolution, tail_before, with_tail
 
 _FLASH_MULTIPLE = 64
 
@@ -30,6 +31,7 @@ class AttentionState(NamedTuple):
       segment_ids: document of each slot [b, S].
       times: how many tokens the row had before the one in this slot [b, S], -1 while empty.
       index: tokens of each row so far [b]; padding does not count.
+      tail: the last keys before their convolution, [b, k, h * d], which it still needs, or None.
     """
 
     keys: Float[Array, "b s h d"]
@@ -37,10 +39,15 @@ class AttentionState(NamedTuple):
     segment_ids: Int[Array, "b s"]
     times: Int[Array, "b s"]
     index: Int[Array, "b"]  # type: ignore[assignment]  # tuple.index is not used
+    tail: Float[Array, "b k f"] | None = None
 
 
 class AttentionMixer(nnx.Module):
-    """softmax(q k^T / sqrt(d)) v over earlier tokens of the same segment, RoPE on q and k."""
+    """softmax(q k^T / sqrt(d)) v over earlier tokens of the same segment, RoPE on q and k.
+
+    With ``key_conv`` a key is a learned mixture of the last few tokens' keys, so that one layer can find what
+    followed an earlier occurrence of a token (Olsson et al. 2022, "smeared" keys).
+    """
 
     def __init__(self, config: HoloConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
@@ -49,6 +56,9 @@ class AttentionMixer(nnx.Module):
         self.keys = Linear(config, (e, hd), ("embed", "heads"), rngs=rngs)
         self.values = Linear(config, (e, hd), ("embed", "heads"), rngs=rngs)
         self.out = Linear(config, (hd, e), ("heads", "embed"), std=residual_std(config, hd), rngs=rngs)
+        if config.key_conv:
+            taps = jnp.zeros((config.key_conv, hd), jnp.dtype(config.precision.params))
+            self.key_taps = parameter(taps.at[-2:].set(0.5), (None, "heads"))
 
     @property
     def maps(self) -> dict[str, str | None]:
@@ -67,6 +77,7 @@ class AttentionMixer(nnx.Module):
             segment_ids=jnp.zeros((batch, slots), jnp.int32),
             times=jnp.full((batch, slots), -1, jnp.int32),
             index=jnp.zeros((batch,), jnp.int32),
+            tail=jnp.zeros((batch, config.key_conv - 1, config.hd_dim), dtype) if config.key_conv else None,
         )
 
     def __call__(
@@ -83,8 +94,17 @@ class AttentionMixer(nnx.Module):
         shape = (b, t, config.num_heads, config.head_dim)
         angles = phases_at(jnp.asarray(rotary_turns(config)), context.inside)[:, :, None]
         maps = project(self, x, self.maps)
+        keys, tail = maps["keys"], None
+        if config.key_conv:
+            tail_layout = None if state is None else layout("b _ h")
+            smear = sharded(
+                self._smear,
+                (layout("_ h"), layout("b t h"), context.layout, tail_layout),
+                (layout("b t h"), tail_layout),
+            )
+            keys, tail = smear(self.key_taps[...], keys, context, None if state is None else state.tail)
         queries = _rotate(maps["queries"].reshape(shape), angles)
-        keys = _rotate(maps["keys"].reshape(shape), angles)
+        keys = _rotate(keys.reshape(shape), angles)
         values = maps["values"].reshape(shape)
         if state is None:
             rows = layout("b t h")
@@ -97,7 +117,17 @@ class AttentionMixer(nnx.Module):
                     f"seq is {mesh.shape[SEQ]}; attention with a state needs a mesh with seq = 1"
                 )
             mixed, state = self._attend_cached(queries, keys, values, context, state)
+            state = state._replace(tail=tail)
         return self.out(mixed.reshape(b, t, config.hd_dim)), state
+
+    def _smear(
+        self, taps: Array, keys: Array, context: Context, tail: Array | None
+    ) -> tuple[Array, Array | None]:
+        """Convolved keys and, with a state, the raw keys that the next call needs."""
+        size = taps.shape[0] - 1
+        past = with_tail(keys, size, tail_before(keys, size, tail), context.padding)
+        smeared = short_convolution(past, taps.astype(keys.dtype), context.inside)
+        return smeared, None if tail is None else of_last_device(next_tail(past, size, context.inside))
 
     def _attend_all(self, queries: Array, keys: Array, values: Array, segment_ids: Array | None) -> Array:
         window = self.config.attention_window
@@ -141,7 +171,7 @@ class AttentionMixer(nnx.Module):
             seen_times = jnp.concatenate([state.times, own_times], axis=1)
             seen_segments = jnp.concatenate([state.segment_ids, segment_ids], axis=1)
         else:
-            seen_keys, seen_values, seen_segments, seen_times, _ = after
+            seen_keys, seen_values, seen_segments, seen_times = after[:4]
         visible = (seen_times[:, None] >= 0) & (seen_times[:, None] <= times[..., None])
         visible = visible & (segment_ids[..., None] == seen_segments[:, None])
         if window:

@@ -23,7 +23,7 @@ VARIANTS: dict[str, dict] = {
     "dual-gated": dict(preset="dual", write_gate=True, short_conv=4),
     "hadamard-content": dict(preset="holo", binding="hadamard", erase=False),
     "attention": dict(preset="attention"),
-    "attention-window": dict(preset="attention", attention_window=5),
+    "attention-window": dict(preset="attention", attention_window=5, key_conv=3),
     "ssm": dict(preset="ssm"),
     "hybrid": dict(preset="holo", anchor_every=2),
 }

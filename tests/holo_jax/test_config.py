@@ -47,6 +47,7 @@ def test_presets_are_what_their_words_say() -> None:
         (dict(anchor_every=5), ("anchor_every", "5", "12")),
         (dict(short_conv=1), ("short_conv", "1")),
         (dict(short_conv=-2), ("short_conv", "-2")),
+        (dict(key_conv=1), ("key_conv", "1")),
         (dict(scan_unroll=0), ("scan_unroll", "0")),
         (dict(remat="sometimes"), ("remat", "sometimes", "full")),
     ],

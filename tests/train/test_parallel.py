@@ -27,7 +27,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "sum": dict(model__preset="holo", model__hd_dim=32, model__erase=False, model__value_conv=3),
     "dual": dict(model__preset="dual", model__hd_dim=32, model__tie_embeddings=True),
     "hybrid": dict(
-        model__preset="holo", model__head_dim=4, model__anchor_every=2, model__num_hidden_layers=2
+        model__preset="holo",
+        model__head_dim=4,
+        model__anchor_every=2,
+        model__num_hidden_layers=2,
+        model__key_conv=3,
     ),
     "ssm": dict(model__preset="ssm", model__hd_dim=32),
 }
