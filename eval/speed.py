@@ -134,10 +134,10 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     size = Size(settings.layers, settings.width, settings.vocab)
     asked = [peers.parse_peer(text) for text in settings.peers if "peers" in settings.parts]
     with peers.started(asked, size, settings.tokens) as others, Compiler(settings.workers) as compiler:
-        # All compile at the same time, the gate's programs first; nothing is timed before all of them have.
-        tests = gate.Gate(usable, seed=settings.seed, compiler=compiler)
+        # All compile at the same time, the longest first; nothing is timed before all of them have.
         variants = [parse_variant(text) for text in settings.train if "train" in settings.parts]
         steps = train_step.start(variants, size, settings.tokens, compiler)
+        tests = gate.Gate(usable, seed=settings.seed, compiler=compiler)
         blocks_sound = block_gate.run(reporter, seed=settings.seed)
         passed = tests.judge(reporter)
         save(reporter)

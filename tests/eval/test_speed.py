@@ -221,7 +221,7 @@ def test_inference_memory_is_drawn():
 def test_pytorch_peers_train(model):
     from eval.speed_parts.peers.torch_step import Training
 
-    training = Training(model=model, compiled=False, length=32, batch=2, layers=2, width=64, vocab=128)
+    training = Training(model=model, compiled="none", length=32, batch=2, layers=2, width=64, vocab=128)
     found = training.measure(samples=1, seconds=0.01)
     ours = product_parameters(model_config({"llama": "attention"}.get(model, model), SMALL))
     assert abs(found["product_parameters"] / ours - 1) < 0.02 and 4 < found["last_loss"] < 6

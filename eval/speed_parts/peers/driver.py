@@ -20,14 +20,15 @@ from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.models import Size
 from eval.speed_parts.timing import median, say
 
-# What each needs beside PyTorch, whether it is compiled, and whether its attention's operations count.
+# What each needs beside PyTorch, what is compiled (fla fuses its layers by hand: only our loss over its
+# models is), and whether its attention's operations count.
 _PEERS = {
-    "llama": ("torch", True, True),
-    "llama_cudnn": ("torch", True, True),
-    "seed": ("torch", True, False),
-    "seed_eager": ("torch", False, False),
-    "gla": ("fla", False, False),
-    "gated_deltanet": ("fla", False, False),
+    "llama": ("torch", "all", True),
+    "llama_cudnn": ("torch", "all", True),
+    "seed": ("torch", "all", False),
+    "seed_eager": ("torch", "none", False),
+    "gla": ("fla", "loss", False),
+    "gated_deltanet": ("fla", "loss", False),
 }
 METRICS = ("tokens_per_second", "milliseconds", "peak_gib")
 _TIMEOUT = 600

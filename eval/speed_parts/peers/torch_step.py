@@ -24,21 +24,26 @@ from eval.speed_parts.peers.torch_models import build, product_parameters
 _ATTENTION = {"llama": SDPBackend.FLASH_ATTENTION, "llama_cudnn": SDPBackend.CUDNN_ATTENTION}
 
 
-def make_step(model: Any, device: str, compiled: bool) -> Any:
-    """(tokens [b, t]) -> loss, after one update of the model."""
+def make_step(model: Any, device: str, compiled: str) -> Any:
+    """(tokens [b, t]) -> loss, after one update; ``compiled``: "all", "loss" (after the blocks) or "none"."""
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=3e-4, betas=(0.9, 0.95), fused=True)
 
-    def loss_of(tokens: Tensor) -> Tensor:
+    def loss_of_hidden(hidden: Tensor, tokens: Tensor) -> Tensor:
         # The last position has no target; logits are not cut, which would copy them.
         targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
-        with torch.autocast(device, torch.bfloat16):
-            logits = model.head(model(tokens))
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+        return F.cross_entropy(model.head(hidden).float().flatten(0, 1), targets.flatten())
 
-    evaluate = torch.compile(loss_of, dynamic=False) if compiled else loss_of
+    if compiled == "loss":
+        loss_of_hidden = torch.compile(loss_of_hidden, dynamic=False)
+
+    def loss_of(tokens: Tensor) -> Tensor:
+        with torch.autocast(device, torch.bfloat16):
+            return loss_of_hidden(model(tokens), tokens)
+
+    evaluate = torch.compile(loss_of, dynamic=False) if compiled == "all" else loss_of
 
     def step(tokens: Tensor) -> Tensor:
         loss = evaluate(tokens)
@@ -63,7 +68,7 @@ class Training:
         layers: int,
         width: int,
         vocab: int,
-        compiled: bool,
+        compiled: str,
         lock: str = "/dev/null",
     ) -> None:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
