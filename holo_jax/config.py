@@ -15,7 +15,7 @@ Norm = Literal["rmsnorm", "layernorm"]
 Mlp = Literal["swiglu", "gelu", "linear", "none"]
 Remat = Literal["none", "dots", "full"]
 Frequencies = Literal["uniform", "normal", "multiscale"]
-Backend = Literal["auto", "portable"]
+Backend = Literal["auto", "portable", "products", "norms", "mixer", "fused"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mixer": get_args(Mixer),
@@ -94,7 +94,9 @@ class HoloConfig:
       memory_method: form of the accumulation: ``chunked``, ``associative_scan`` or ``recurrent``.
       memory_backend: ``auto`` picks a kernel by capability, ``portable`` is plain JAX, ``ensemble`` is
         ``auto`` for models under ``jax.vmap``.
-      block_backend: the same for denoiser and loss, beside a memory that may use kernels without ``vmap``.
+      block_backend: what a block may use beside a memory that may use kernels without ``vmap``: ``products``,
+        kernels of denoiser and loss; ``norms`` or ``mixer``, also those around norms, or around the memory;
+        ``fused``, all; ``auto``, what has been proven on hardware; ``portable``, none.
       chunk_size: tokens a chunk of the memory; 0 lets the form choose.
       loss_chunk: tokens whose logits exist at one time in the loss.
       precision: dtypes by role.
@@ -272,7 +274,7 @@ class HoloConfig:
 
     @property
     def products_backend(self) -> str:
-        """Backend of denoiser and loss; portable where the memory's is, or an ensemble's."""
+        """``block_backend``; portable where the memory's is, or an ensemble's."""
         return "portable" if self.memory_backend in ("portable", "ensemble") else self.block_backend
 
     @property

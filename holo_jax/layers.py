@@ -145,6 +145,26 @@ def project(
     return results
 
 
+def normed_project(
+    norm: "Normalization",
+    module: nnx.Module,
+    x: Float[Array, "b t e"],
+    delta: Float[Array, "b t e"] | None,
+    out_dtypes: dict[str, str | None],
+) -> tuple[Float[Array, "b t e"], dict[str, Array]]:
+    """``x + delta`` and ``project`` of its norm, by kernels (``kernels.block``)."""
+    maps = {name: getattr(module, name) for name in out_dtypes}
+    dtypes = tuple(jnp.dtype(dtype or maps[name].storage) for name, dtype in out_dtypes.items())
+    weights = tuple(one.weight[...] for one in maps.values())
+    total, products = kernels.block.normed_products(
+        x, delta, *norm.parameters, weights, dtypes=dtypes, eps=norm.eps
+    )
+    results = {}
+    for y, (name, one) in zip(products, maps.items(), strict=True):
+        results[name] = y if one.bias is None else y + one.bias[...].astype(y.dtype)[None, None]
+    return total, results
+
+
 def join(module: Any, names: tuple[str, ...]) -> None:
     """Puts the weights of linear maps of one input into one array, in the storage dtype; in place."""
     maps = [getattr(module, name) for name in names]
@@ -166,6 +186,24 @@ class Normalization(nnx.Module):
         self.storage, self.eps = config.precision.storage, config.norm_eps
         self.weight = parameter(jnp.ones(shape, dtype), axes)
         self.bias = parameter(jnp.zeros(shape, dtype), axes) if kind == "layernorm" else None
+        self.backend = config.products_backend
+
+    @property
+    def parameters(self) -> tuple[Array, Array | None]:
+        """Weight and bias."""
+        return self.weight[...], None if self.bias is None else self.bias[...]
+
+    def fuses(self, x: Array) -> bool:
+        """Whether kernels may norm rows ``[b, t, e]``, and can."""
+        return (
+            kernels.block.uses(self.backend, "norms")
+            and x.dtype == jnp.dtype(self.storage)
+            and kernels.block.unsupported(x) is None
+        )
+
+    def rows(self, x: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
+        """The same as calling it, by a kernel where one may run."""
+        return kernels.block.normed(x, *self.parameters, eps=self.eps) if self.fuses(x) else self(x)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Normalises the last axis; the result has the storage dtype."""
@@ -209,7 +247,19 @@ class Denoiser(nnx.Module):
             gated = self._gated if self.down.recomputed else gathering_again(self._gated)
             own = sharded(gated, (layout("b t"), *weights_at), layout("b t"))
             return own(x.astype(self.down.storage), *(one.weight[...] for one in maps))
-        results = project(self, x, self.maps)
+        return self._finish(project(self, x, self.maps))
+
+    def after(
+        self, norm: Normalization, x: Float[Array, "b t e"], delta: Float[Array, "b t e"]
+    ) -> tuple[Float[Array, "b t e"], Float[Array, "b t e"]]:
+        """``x + delta``, and the denoiser of its norm, by kernels (``kernels.block``)."""
+        if self.gate is not None and kernels.swiglu_runs(x, self.up.weight[...], self.backend):
+            weights = (layer.weight[...] for layer in (self.gate, self.up, self.down))
+            return kernels.block.normed_swiglu(x, delta, *norm.parameters, *weights, eps=norm.eps)
+        total, results = normed_project(norm, self, x, delta, self.maps)
+        return total, self._finish(results)
+
+    def _finish(self, results: dict[str, Array]) -> Array:
         hidden = results["up"]
         if self.gate is not None:
             hidden = jax.nn.silu(results["gate"]) * hidden

@@ -11,8 +11,17 @@ from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import generate_multiscale_phasors, generate_random_phasors
 from holo_jax.functional.cross_entropy import next_token_targets
-from holo_jax.layers import Denoiser, Linear, Normalization, embedding_std, lookup, parameter
-from holo_jax.mixers import MIXERS, Context
+from holo_jax.layers import (
+    Denoiser,
+    Linear,
+    Normalization,
+    embedding_std,
+    lookup,
+    normed_project,
+    parameter,
+)
+from holo_jax.mixers import MIXERS, Context, fused_memory
+from holo_jax.mixers.memory import MemoryMixer
 from holo_jax.parallel import SEQ, ambient_mesh, check_divides, constrain, layout, sharded
 from holo_jax.sequence import (
     leading_padding,
@@ -80,11 +89,27 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, context: Context, turns: Array | None, state: Any) -> tuple[Array, Any]:
         """One block on [b, t, e]; the state of its mixer in and out."""
-        mixed, state = self.mixer(self.mixer_norm(x), context, turns, state)
-        x = constrain(x + mixed, "b t _")
-        if self.has_mlp:
-            x = constrain(x + self.mlp(self.mlp_norm(x)), "b t _")
-        return x, state
+        x, mixed, state = self._mix(x, context, turns, state)
+        if not self.has_mlp:
+            return constrain(x + mixed, "b t _"), state
+        if state is None and self.mlp_norm.fuses(x):
+            x, cleaned = self.mlp.after(self.mlp_norm, x, mixed)
+        else:
+            x = constrain(x + mixed, "b t _")
+            cleaned = self.mlp(self.mlp_norm(x))
+        return constrain(x + cleaned, "b t _"), state
+
+    def _mix(self, x: Array, context: Context, turns: Array | None, state: Any) -> tuple[Array, Array, Any]:
+        """(x, mixer(norm(x)), state after it); without a state by fewer passes where kernels allow it."""
+        mixer, norm = self.mixer, self.mixer_norm
+        if state is not None:
+            return x, *mixer(norm(x), context, turns, state)
+        if isinstance(mixer, MemoryMixer) and fused_memory.unsupported(mixer, x, context) is None:
+            return *fused_memory.after_norm(mixer, norm, x, context), None
+        if norm.fuses(x):
+            x, maps = normed_project(norm, mixer, x, None, mixer.maps)
+            return x, *mixer.of_maps(maps, context, turns, None)
+        return x, *mixer(norm(x), context, turns, None)
 
 
 class Period(nnx.Module):
@@ -154,7 +179,7 @@ class HoloModel(nnx.Module):
         x, layers = run(x, context, turns, None if state is None else state.layers)
         if state_after is not None:
             state_after = state_after._replace(layers=layers)
-        return HiddenOutput(self.norm(x), state_after)
+        return HiddenOutput(self.norm(x) if state is not None else self.norm.rows(x), state_after)
 
     def _scanned(self, x: Array, context: Context, turns: Array | None, layers: Any) -> tuple[Array, Any]:
         config = self.config

@@ -1,4 +1,8 @@
-"""Equality before speed for what stands around the memory: denoiser and loss, by kernel, against float64."""
+"""Equality before speed for what stands around the memory, by kernel, against float64.
+
+Denoiser and loss; where they can run, residual sum and norm with products, norm and gate of a retrieval with
+its output map, and features of convolved phases.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +16,8 @@ from eval.results import absent, exact
 from eval.speed_parts.gate import errors
 from eval.speed_parts.timing import failure
 from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
-from holo_jax.kernels import linear_cross_entropy, swiglu
+from holo_jax.kernels import block, linear_cross_entropy, swiglu, swiglu_runs
+from holo_jax.sequence import short_convolutions, with_tail
 
 # 16-bit operands and results: plain products in bfloat16 are off by up to 8e-3 on these inputs.
 LIMIT = 2e-2
@@ -61,10 +66,134 @@ def loss_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict[str, n
     return measured, wanted, inputs
 
 
+def _norm(x: Any, scale: Any, bias: Any) -> Any:
+    lead = (None,) * (x.ndim - scale.ndim)
+    x = x if bias is None else x - jnp.mean(x, axis=-1, keepdims=True)
+    x = x / jnp.sqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * scale[lead]
+    return x if bias is None else x + bias[lead]
+
+
+def norm_case(rng: np.random.Generator, *, centered: bool = False) -> tuple[Callable, Callable, dict]:
+    """A residual sum, and two products of its norm."""
+    shape = (2, _ROWS // 2, _WIDTH)
+    inputs = {"x": rng.normal(size=shape), "delta": rng.normal(size=shape)}
+    inputs |= {"scale": rng.normal(size=_WIDTH), "bias": rng.normal(size=_WIDTH)}
+    if not centered:
+        del inputs["bias"]
+    inputs |= {name: rng.normal(size=(_WIDTH, 64)) / np.sqrt(_WIDTH) for name in ("first", "second")}
+    cotangents = [_rounded(rng.normal(size=(*shape[:2], width))) for width in (_WIDTH, 64, 64)]
+
+    def measured(p: dict) -> Any:
+        total, products = block.normed_products(
+            p["x"].astype(jnp.bfloat16),
+            p["delta"].astype(jnp.bfloat16),
+            p["scale"],
+            p.get("bias"),
+            (p["first"], p["second"]),
+            dtypes=(jnp.bfloat16, jnp.float32),
+            eps=1e-5,
+        )
+        return _weighted((total, *products), cotangents), jnp.concatenate([total, *products], axis=-1)
+
+    def wanted(p: dict) -> Any:
+        total = p["x"] + p["delta"]
+        rows = _norm(total, p["scale"], p.get("bias"))
+        results = (total, rows @ p["first"], rows @ p["second"])
+        return _weighted(results, cotangents), jnp.concatenate(results, axis=-1)
+
+    return measured, wanted, inputs
+
+
+def centered_norm_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
+    """The same with LayerNorm."""
+    return norm_case(rng, centered=True)
+
+
+def normed_denoiser_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
+    """A residual sum, and the denoiser of its norm."""
+    _, _, inputs = denoiser_case(rng)
+    inputs |= {"delta": rng.normal(size=inputs["x"].shape), "scale": rng.normal(size=_WIDTH)}
+    cotangents = [_rounded(rng.normal(size=inputs["x"].shape)) for _ in range(2)]
+
+    def measured(p: dict) -> Any:
+        x, delta = (p[name].astype(jnp.bfloat16) for name in ("x", "delta"))
+        found = block.normed_swiglu(x, delta, p["scale"], None, p["gate"], p["up"], p["down"], eps=1e-5)
+        weighted = sum(jnp.sum(y.astype(jnp.float32) * c) for y, c in zip(found, cotangents, strict=True))
+        return weighted, jnp.concatenate(found, axis=-1)
+
+    def wanted(p: dict) -> Any:
+        total = p["x"] + p["delta"]
+        rows = _norm(total, p["scale"], None)
+        y = (jax.nn.silu(rows @ p["gate"]) * (rows @ p["up"])) @ p["down"]
+        weighted = jnp.sum(total * cotangents[0]) + jnp.sum(y * cotangents[1])
+        return weighted, jnp.concatenate([total, y], axis=-1)
+
+    return measured, wanted, inputs
+
+
+def retrieval_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
+    """Norm and gate of a retrieval, and the output map."""
+    heads, width = 4, 64
+    shape = (2, _ROWS // 2, heads, width)
+    inputs = {"values": rng.normal(size=shape), "factors": rng.uniform(0.5, 2.0, size=shape[:3])}
+    inputs |= {"gate": rng.normal(size=(*shape[:2], heads * width)), "weight": rng.normal(size=shape[2:])}
+    inputs["out"] = rng.normal(size=(heads * width, _WIDTH)) / np.sqrt(_WIDTH)
+    cotangent = _rounded(rng.normal(size=(*shape[:2], _WIDTH)))
+
+    def measured(p: dict) -> Any:
+        values, gate = (p[name].astype(jnp.bfloat16) for name in ("values", "gate"))
+        y = block.gated_product(values, p["factors"], gate, p["weight"], p["out"], eps=1e-5)
+        return jnp.sum(y.astype(jnp.float32) * cotangent), y
+
+    def wanted(p: dict) -> Any:
+        rows = _norm(p["values"] * p["factors"][..., None], p["weight"], None)
+        y = (rows.reshape(p["gate"].shape) * jax.nn.silu(p["gate"])) @ p["out"]
+        return jnp.sum(y * cotangent), y
+
+    return measured, wanted, inputs
+
+
+def features_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
+    """Features of convolved phases, in packed rows, with columns beyond the phases."""
+    heads, m, taps, time = 2, 32, 4, 160
+    inputs = {"raw": 3 * rng.normal(size=(2, time, heads * m + 8))}
+    inputs["taps"] = rng.normal(size=(2, taps, heads * m))
+    inside = np.stack([np.arange(time) % 37, np.arange(time) % 111]).astype(np.uint32)
+    cotangents = [_rounded(rng.normal(size=(2, time, heads, 2 * m))) for _ in range(2)]
+
+    def measured(p: dict) -> Any:
+        found = block.convolved_features(
+            p["raw"], p["taps"], jnp.asarray(inside, jnp.int32), m=m, dtype=jnp.bfloat16
+        )
+        return _weighted(found, cotangents), jnp.stack(found)
+
+    def wanted(p: dict) -> Any:
+        past = with_tail(p["raw"][..., : heads * m], taps - 1)
+        phases = short_convolutions(past, tuple(p["taps"]), jnp.asarray(inside))
+        shaped = [x.reshape(2, time, heads, m) for x in phases]
+        found = [jnp.concatenate([jnp.cos(x), jnp.sin(x)], axis=-1) / np.sqrt(m) for x in shaped]
+        return _weighted(found, cotangents), jnp.stack(found)
+
+    return measured, wanted, inputs
+
+
+def cases() -> dict[str, Callable]:
+    """What this device can run, by name."""
+    found: dict[str, Callable] = {"denoiser": denoiser_case, "loss": loss_case}
+    rows = jax.ShapeDtypeStruct((2, _ROWS // 2, _WIDTH), jnp.bfloat16)
+    if block.unsupported(rows) is None:
+        found |= {"norm": norm_case, "centered norm": centered_norm_case}
+        if swiglu_runs(rows, jax.ShapeDtypeStruct((_WIDTH, _HIDDEN), jnp.float32), "fused"):
+            found["normed denoiser"] = normed_denoiser_case
+    if block.mixer_unsupported(rows, 32, 64) is None:
+        found |= {"retrieval": retrieval_case, "features": features_case}
+    return found
+
+
 def run(reporter: Reporter, *, seed: int) -> bool:
     """Reports every error; whether all are within the limit."""
     passed = True
-    for name, case in (("denoiser", denoiser_case), ("loss", loss_case)):
+    for name, case in cases().items():
         measured, wanted, inputs = case(np.random.default_rng(seed))
         inputs = {key: _rounded(array) for key, array in inputs.items()}
         with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
@@ -84,8 +213,13 @@ def run(reporter: Reporter, *, seed: int) -> bool:
             else:
                 reporter.add(absent("relative_error", "failed", detail="not finite", array=key, **where))
     if not passed:
-        reporter.fail_control("denoiser or loss differ from their definition: no model is timed")
+        reporter.fail_control("a kernel of the block differs from its definition: no model is timed")
     return passed
+
+
+def _weighted(results: Any, cotangents: Any) -> Any:
+    wide = jnp.result_type(float)
+    return sum(jnp.sum(x.astype(wide) * c) for x, c in zip(results, cotangents, strict=True))
 
 
 def _named(found: Any) -> dict[str, np.ndarray]:

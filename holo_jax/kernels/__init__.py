@@ -12,12 +12,12 @@ import jax
 from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
-from holo_jax.kernels import capability, ensemble, hopper, triton
+from holo_jax.kernels import block, capability, ensemble, hopper, triton
 from holo_jax.kernels.call import READ_NAME, Call
 from holo_jax.kernels.capability import BackendUnavailableError
 from holo_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from holo_jax.kernels.phasor_features import phasor_features, sin_cos
-from holo_jax.kernels.swiglu import swiglu
+from holo_jax.kernels.swiglu import swiglu, swiglu_runs
 
 __all__ = [
     "AUTOMATIC",
@@ -27,12 +27,14 @@ __all__ = [
     "BackendUnavailableError",
     "accumulate",
     "available",
+    "block",
     "capability",
     "choose",
     "linear_cross_entropy",
     "phasor_features",
     "sin_cos",
     "swiglu",
+    "swiglu_runs",
 ]
 
 _KERNELS = {"hopper": hopper, "triton": triton}
@@ -86,7 +88,8 @@ def choose(call: Call, backend: str = "auto") -> str:
         return backend
     # A kernel works in whole chunks, so on less than one it only adds work.
     long_enough = call.values.shape[1] >= 64
-    meshed = not jax.sharding.get_abstract_mesh().empty
+    mesh = jax.sharding.get_abstract_mesh()
+    meshed = not mesh.empty and mesh.size > 1
     names = (name for name in AUTOMATIC if long_enough and not (meshed and name in _ONE_DEVICE))
     return next((name for name in names if _KERNELS[name].unsupported(call) is None), "portable")
 

@@ -85,14 +85,25 @@ def accumulate(
       implementation: ``"mosaic_gpu"``, or the package's plain ``"chunked"`` or ``"reference"`` form, which
         run anywhere and serve to test this mapping.
     """
+    b, t, h, _ = call.values.shape
+    keys, queries = (
+        jnp.broadcast_to(phasor_features(p, call.values.dtype), (b, t, h, 2 * p.shape[-1]))
+        for p in (call.write_phases, call.read_phases)
+    )
+    outputs, state = accumulate_features(keys, queries, call, rule=rule, implementation=implementation)
+    return outputs.astype(jnp.float32), state
+
+
+def accumulate_features(
+    keys: Array, queries: Array, call: Call, *, rule: str = "deltanet", implementation: str = "mosaic_gpu"
+) -> tuple[Array, MemoryState]:
+    """``accumulate`` given the features ``[b, t, h, 2 m]`` of its phases, which are not read themselves.
+
+    Outputs have the dtype of the values.
+    """
     from jla.ops import linear_attention
 
     b, t, h, _ = call.values.shape
-    dtype = call.values.dtype
-    keys, queries = (
-        jnp.broadcast_to(phasor_features(p, dtype), (b, t, h, 2 * p.shape[-1]))
-        for p in (call.write_phases, call.read_phases)
-    )
     options: dict[str, Any] = dict(scale=1.0, output_final_state=True, impl=implementation)
     if call.segment_ids is not None:
         options["segment_ids"] = call.segment_ids
@@ -121,7 +132,7 @@ def accumulate(
     real, imag = jnp.split(state, 2, axis=-2)
     memory = jax.lax.complex(real, imag)
     # Named while narrow, so that a rematerialised block keeps it instead of running the kernel twice.
-    outputs = checkpoint_name(outputs, READ_NAME).astype(jnp.float32)
+    outputs = checkpoint_name(outputs, READ_NAME)
     return outputs, MemoryState(memory, jnp.zeros_like(memory), total_writes(call))
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
 from holo_jax.kernels import hopper
+from holo_jax.kernels.block import uses
 from holo_jax.kernels.capability import partitioned
 from holo_jax.parallel import layout, parameter_layout, sharded, tensor_axis, whole
 
@@ -52,14 +53,14 @@ def linear_cross_entropy(
 
     Args:
       chunk_tokens: about how many tokens have logits at one time, on each device.
-      backend: ``"portable"``, or ``"auto"`` for the kernels where they can run.
+      backend: ``"portable"``, or another ``block_backend`` for the kernels where they can run.
     """
 
     axes = ("embed", "vocab")
 
     def own(hidden: Array, weights: Array, targets: Array) -> Array:
         weights = whole(weights, axes, hidden.dtype)
-        if backend == "auto" and unsupported(hidden, weights, logits_dtype) is None:
+        if uses(backend, "products") and unsupported(hidden, weights, logits_dtype) is None:
             from jla.ops.cross_entropy import linear_cross_entropy_objective
 
             found = linear_cross_entropy_objective(

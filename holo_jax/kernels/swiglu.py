@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from holo_jax.array_types import Array, Float
 from holo_jax.functional.gradient_once import gradient_once
 from holo_jax.kernels import hopper
+from holo_jax.kernels.block import uses
 from holo_jax.kernels.capability import partitioned
 
 _ROWS, _DEPTH, _COLUMNS = 128, 64, 256
@@ -38,6 +39,11 @@ def unsupported(x: Array, up: Array) -> str | None:
     return None
 
 
+def swiglu_runs(x: Array, up: Array, backend: str) -> bool:
+    """Whether the kernels compute this call."""
+    return uses(backend, "products") and unsupported(x, up) is None
+
+
 def swiglu(
     x: Float[Array, "b t e"],
     gate: Float[Array, "e f"],
@@ -51,9 +57,9 @@ def swiglu(
     Args:
       x: input in the storage dtype.
       gate, up, down: weights, float32 masters.
-      backend: ``"portable"``, or ``"auto"`` for the kernels where they can run.
+      backend: ``"portable"``, or another ``block_backend`` for the kernels where they can run.
     """
-    if backend == "auto" and unsupported(x, up) is None:
+    if swiglu_runs(x, up, backend):
         from jla.ops.mosaic_gpu.fused_gemm import swiglu_mlp
 
         return swiglu_mlp(x, jnp.stack([gate, up], axis=1), down, compute_dtype=x.dtype)

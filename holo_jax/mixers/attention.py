@@ -88,12 +88,21 @@ class AttentionMixer(nnx.Module):
         state: AttentionState | None,
     ) -> tuple[Float[Array, "b t e"], AttentionState | None]:
         """Mixes tokens; the phasors of ``turns`` are not used (rotary ones are)."""
+        return self.of_maps(project(self, x, self.maps), context, turns, state)
+
+    def of_maps(
+        self,
+        maps: dict[str, Array],
+        context: Context,
+        turns: UInt32[Array, "h m"] | None,
+        state: AttentionState | None,
+    ) -> tuple[Float[Array, "b t e"], AttentionState | None]:
+        """The same from the maps of the input."""
         del turns
         config = self.config
-        b, t, _ = x.shape
+        b, t, _ = maps["queries"].shape
         shape = (b, t, config.num_heads, config.head_dim)
         angles = phases_at(jnp.asarray(rotary_turns(config)), context.inside)[:, :, None]
-        maps = project(self, x, self.maps)
         keys, tail = maps["keys"], None
         if config.key_conv:
             tail_layout = None if state is None else layout("b _ h")

@@ -132,7 +132,17 @@ class MemoryMixer(nnx.Module):
         state: MemoryMixerState | None,
     ) -> tuple[Float[Array, "b t e"], MemoryMixerState | None]:
         """Mixes tokens; ``turns`` are the layer's positional phasors, used where positions address."""
-        maps = project(self, x, self.maps)
+        return self.of_maps(project(self, x, self.maps), context, turns, state)
+
+    def of_maps(
+        self,
+        maps: dict[str, Array],
+        context: Context,
+        turns: UInt32[Array, "h m"] | None,
+        state: MemoryMixerState | None,
+    ) -> tuple[Float[Array, "b t e"], MemoryMixerState | None]:
+        """The same from the maps of the input."""
+        maps = dict(maps)
         gate = maps.pop("gate", None)
         state_layout = None
         if state is not None:

@@ -78,11 +78,20 @@ class SsmMixer(nnx.Module):
         state: SsmState | None,
     ) -> tuple[Float[Array, "b t e"], SsmState | None]:
         """Mixes tokens; positions are not used."""
+        return self.of_maps(project(self, x, self.maps), context, turns, state)
+
+    def of_maps(
+        self,
+        maps: dict[str, Array],
+        context: Context,
+        turns: UInt32[Array, "h m"] | None,
+        state: SsmState | None,
+    ) -> tuple[Float[Array, "b t e"], SsmState | None]:
+        """The same from the maps of the input."""
         del turns
-        b, t, _ = x.shape
-        hd = self.config.hd_dim
-        maps = project(self, x, self.maps)
+        maps = dict(maps)
         gate = maps.pop("gate")
+        b, t, hd = maps["values"].shape
         # Values are divided by heads and the shared keys are not, so what holds both is taken apart.
         taps = self.taps[...].astype(jnp.float32)
         weights = (taps[:, :hd], taps[:, hd:], self.step_bias[...], self.log_rate[...], self.skip[...])

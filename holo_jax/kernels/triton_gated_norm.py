@@ -1,0 +1,131 @@
+"""Kernels of what follows a retrieval: RMSNorm of each head, then a silu gate (Pallas, lowered to Triton).
+
+A program takes one head of a stretch of tokens. The backward pass writes the gated values once more, so that
+nobody has to keep them for the gradient of the map they go into. Arithmetic is float32.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from holo_jax.array_types import Array
+from holo_jax.kernels.triton_norm import Norm, parameters, standard
+
+_ROWS = 32
+_FORWARD_TOKENS, _BACKWARD_TOKENS = 256, 1024
+
+
+def tokens_of(count: int, most: int) -> int:
+    """Tokens of a program: the largest power of two up to ``most`` that divides all tokens."""
+    tokens = most
+    while count % tokens:
+        tokens //= 2
+    return tokens
+
+
+def _gated(inputs: dict[str, Any], at: Any, norm: Norm, weight: Array) -> dict[str, Array]:
+    values = inputs["values"][at].astype(jnp.float32)
+    factor = inputs["factors"][at[0], 0][:, None] if "factors" in inputs else None
+    scaled = values if factor is None else values * factor
+    normed, inverse = standard(norm, scaled)
+    gate = inputs["gate"][at].astype(jnp.float32)
+    share = jax.nn.sigmoid(gate)
+    found = {"values": values, "normed": normed, "inverse": inverse, "gate": gate, "share": share}
+    found |= {"product": normed * weight, "silu": gate * share}
+    return found if factor is None else found | {"factor": factor}
+
+
+def _specs(arrays: dict[str, Array], tokens: int, width: int) -> dict[str, Any]:
+    tile = pl.BlockSpec((tokens, width), lambda i, j: (i, j))
+    column = pl.BlockSpec((tokens, 1), lambda i, j: (i, j))
+    head = pl.BlockSpec((1, width), lambda i, j: (j, 0))
+    by_name = {"factors": column, "d_factors": column, "weight": head}
+    return {name: by_name.get(name, tile) for name in arrays}
+
+
+def forward(norm: Norm, inputs: dict[str, Array]) -> Array:
+    """``silu(gate) * RMSNorm(values * factors) * weight``, ``[n, h d]`` in the dtype of the values.
+
+    Args:
+      norm: epsilon.
+      inputs: ``values`` and ``gate`` ``[n, h d]``, ``weight`` ``[h, d]`` and maybe ``factors`` ``[n, h]``.
+    """
+    values = inputs["values"]
+    n, (heads, width) = values.shape[0], inputs["weight"].shape
+    tokens = tokens_of(n, _FORWARD_TOKENS)
+    rows = min(_ROWS, tokens)
+
+    def kernel(ins: dict[str, Any], out: Any) -> None:
+        weight = ins["weight"][0, :].astype(jnp.float32)[None]
+
+        def step(index: Array, _: None) -> None:
+            at = (pl.ds(index * rows, rows), slice(None))
+            found = _gated(ins, at, norm, weight)
+            out[at] = (found["silu"] * found["product"]).astype(values.dtype)
+
+        jax.lax.fori_loop(0, tokens // rows, step, None)
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct(values.shape, values.dtype),
+        grid=(n // tokens, heads),
+        in_specs=(_specs(inputs, tokens, width),),
+        out_specs=pl.BlockSpec((tokens, width), lambda i, j: (i, j)),
+        compiler_params=parameters(norm),
+        interpret=norm.interpret,
+        name="gated_norm_forward",
+    )(inputs)
+
+
+def backward(norm: Norm, inputs: dict[str, Array], cotangent: Array) -> dict[str, Array]:
+    """Gradients by name of input (``d_values`` and so on), and ``gated``, the output once more."""
+    values = inputs["values"]
+    n, (heads, width) = values.shape[0], inputs["weight"].shape
+    tokens = tokens_of(n, _BACKWARD_TOKENS)
+    rows = min(_ROWS, tokens)
+    arrays = inputs | {"cotangent": cotangent}
+
+    def kernel(ins: dict[str, Any], outs: dict[str, Any]) -> None:
+        weight = ins["weight"][0, :].astype(jnp.float32)[None]
+
+        def step(index: Array, total: Array) -> Array:
+            at = (pl.ds(index * rows, rows), slice(None))
+            found = _gated(ins, at, norm, weight)
+            pull = ins["cotangent"][at].astype(jnp.float32)
+            silu, share, normed = found["silu"], found["share"], found["normed"]
+            outs["gated"][at] = (silu * found["product"]).astype(values.dtype)
+            slope = share * (1.0 + found["gate"] * (1.0 - share))
+            outs["d_gate"][at] = (pull * found["product"] * slope).astype(values.dtype)
+            pull = pull * silu
+            total = total + jnp.sum(pull * normed, axis=0)
+            pull = pull * weight
+            pull = found["inverse"] * (pull - normed * jnp.mean(pull * normed, axis=1, keepdims=True))
+            if "factor" in found:
+                outs["d_factors"][at[0], 0] = jnp.sum(pull * found["values"], axis=1)
+                pull = pull * found["factor"]
+            outs["d_values"][at] = pull.astype(values.dtype)
+            return total
+
+        total = jax.lax.fori_loop(0, tokens // rows, step, jnp.zeros((width,), jnp.float32))
+        outs["d_weight"][0, 0, :] = total
+
+    whole = jax.ShapeDtypeStruct(values.shape, values.dtype)
+    shapes = dict.fromkeys(("gated", "d_values", "d_gate"), whole)
+    if "factors" in inputs:
+        shapes["d_factors"] = jax.ShapeDtypeStruct((n, heads), jnp.float32)
+    specs = _specs(shapes, tokens, width)
+    shapes["d_weight"] = jax.ShapeDtypeStruct((n // tokens, heads, width), jnp.float32)
+    specs["d_weight"] = pl.BlockSpec((1, 1, width), lambda i, j: (i, j, 0))
+    found = pl.pallas_call(
+        kernel,
+        out_shape=shapes,
+        grid=(n // tokens, heads),
+        in_specs=(_specs(arrays, tokens, width),),
+        out_specs=specs,
+        compiler_params=parameters(norm),
+        interpret=norm.interpret,
+        name="gated_norm_backward",
+    )(arrays)
+    return found | {"d_weight": jnp.sum(found["d_weight"], axis=0)}

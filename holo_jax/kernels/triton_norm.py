@@ -1,0 +1,164 @@
+"""Kernels of norms over rows, which read what they need once (Pallas, lowered to Triton).
+
+The forward pass may add a branch to the residual stream on the way; the backward pass adds the gradient of
+the stream and may write the normed rows once more, so that nobody has to keep them. Arithmetic is float32.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from holo_jax.array_types import Array
+
+_ROWS = 4
+_PROGRAMS = 512
+_WARPS = 4
+
+
+class Norm(NamedTuple):
+    """What is static about a norm.
+
+    Attributes:
+      eps: added to the mean square.
+      centered: LayerNorm, with a bias, instead of RMSNorm.
+      interpret: run in Pallas' interpreter, anywhere.
+    """
+
+    eps: float
+    centered: bool
+    interpret: bool = False
+
+
+def standard(norm: Norm, x: Array) -> tuple[Array, Array]:
+    """(normalised rows, 1 / deviation ``[rows, 1]``) of float32 rows."""
+    if norm.centered:
+        x = x - jnp.mean(x, axis=1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=1, keepdims=True) + norm.eps)
+    return x * inverse, inverse
+
+
+def rows_of(count: int) -> int | None:
+    """Rows of a program's tile, a power of two that divides all rows; None if there is none."""
+    return next((r for r in (_ROWS, 2, 1) if count % r == 0), None)
+
+
+def forward(
+    norm: Norm, x: Array, delta: Array | None, scale: Array, bias: Array | None
+) -> tuple[Array, Array]:
+    """(x + delta, its norm), ``[n, e]`` in the dtype of x; x itself without ``delta``."""
+    n, e = x.shape
+    rows = rows_of(n)
+    assert rows is not None
+    inputs = {"x": x, "delta": delta, "scale": scale, "bias": bias}
+    inputs = {name: array for name, array in inputs.items() if array is not None}
+
+    def kernel(ins: dict[str, Any], outs: dict[str, Any]) -> None:
+        total = ins["x"][...]
+        if delta is not None:
+            total = (total.astype(jnp.float32) + ins["delta"][...].astype(jnp.float32)).astype(x.dtype)
+            outs["total"][...] = total
+        normed, _ = standard(norm, total.astype(jnp.float32))
+        normed = normed * ins["scale"][...].astype(jnp.float32)[None]
+        if bias is not None:
+            normed = normed + ins["bias"][...].astype(jnp.float32)[None]
+        outs["normed"][...] = normed.astype(x.dtype)
+
+    tile = pl.BlockSpec((rows, e), lambda i: (i, 0))
+    whole = pl.BlockSpec((e,), lambda i: (0,))
+    names = ("normed",) if delta is None else ("normed", "total")
+    found = pl.pallas_call(
+        kernel,
+        out_shape={name: jax.ShapeDtypeStruct((n, e), x.dtype) for name in names},
+        grid=(n // rows,),
+        in_specs=({name: tile if array.ndim == 2 else whole for name, array in inputs.items()},),
+        out_specs=dict.fromkeys(names, tile),
+        compiler_params=parameters(norm),
+        interpret=norm.interpret,
+        name="norm_forward",
+    )(inputs)
+    return found.get("total", x), found["normed"]
+
+
+def backward(
+    norm: Norm,
+    total: Array,
+    d_total: Array | None,
+    parts: tuple[Array, ...],
+    scale: Array,
+    bias: Array | None,
+    *,
+    again: bool,
+) -> tuple[Array, Array | None, Array, Array | None]:
+    """Gradients, given the gradient of the normed rows as a sum of ``parts``.
+
+    Returns:
+      (gradient of the sum, the normed rows if ``again``, gradients of ``scale`` and ``bias`` in float32).
+    """
+    n, e = total.shape
+    programs = _PROGRAMS
+    while n % programs:
+        programs //= 2
+    each = n // programs
+    rows = rows_of(each)
+    assert rows is not None
+    inputs: dict[str, Any] = {"total": total, "parts": parts, "scale": scale}
+    inputs |= {name: x for name, x in (("d_total", d_total), ("bias", bias)) if x is not None}
+
+    def kernel(ins: dict[str, Any], outs: dict[str, Any]) -> None:
+        weight = ins["scale"][...].astype(jnp.float32)[None]
+
+        def step(index: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+            at = (pl.ds(index * rows, rows), slice(None))
+            own, inverse = standard(norm, ins["total"][at].astype(jnp.float32))
+            cotangent = ins["parts"][0][at].astype(jnp.float32)
+            for part in ins["parts"][1:]:
+                cotangent = cotangent + part[at].astype(jnp.float32)
+            if again:
+                normed = own * weight
+                if bias is not None:
+                    normed = normed + ins["bias"][...].astype(jnp.float32)[None]
+                outs["normed"][at] = normed.astype(total.dtype)
+            pull = cotangent * weight
+            inside = pull - own * jnp.mean(pull * own, axis=1, keepdims=True)
+            if norm.centered:
+                inside = inside - jnp.mean(pull, axis=1, keepdims=True)
+            gradient = inverse * inside
+            if d_total is not None:
+                gradient = gradient + ins["d_total"][at].astype(jnp.float32)
+            outs["d_total"][at] = gradient.astype(total.dtype)
+            added = (cotangent * own, cotangent)
+            return tuple(s + jnp.sum(a, axis=0) for s, a in zip(sums, added, strict=False))
+
+        count = 1 if bias is None else 2
+        sums = jax.lax.fori_loop(0, each // rows, step, (jnp.zeros((e,), jnp.float32),) * count)
+        for name, total_of in zip(("d_scale", "d_bias"), sums, strict=False):
+            outs[name][...] = total_of[None]
+
+    tile = pl.BlockSpec((each, e), lambda i: (i, 0))
+    row = pl.BlockSpec((1, e), lambda i: (i, 0))
+    whole = pl.BlockSpec((e,), lambda i: (0,))
+    shapes = {"d_total": jax.ShapeDtypeStruct((n, e), total.dtype)}
+    if again:
+        shapes["normed"] = shapes["d_total"]
+    for name in ("d_scale",) if bias is None else ("d_scale", "d_bias"):
+        shapes[name] = jax.ShapeDtypeStruct((programs, e), jnp.float32)
+    found = pl.pallas_call(
+        kernel,
+        out_shape=shapes,
+        grid=(programs,),
+        in_specs=(jax.tree.map(lambda array: tile if array.ndim == 2 else whole, inputs),),
+        out_specs={name: tile if name in ("d_total", "normed") else row for name in shapes},
+        compiler_params=parameters(norm),
+        interpret=norm.interpret,
+        name="norm_backward",
+    )(inputs)
+    sums = {name: jnp.sum(found[name], axis=0) for name in found if name in ("d_scale", "d_bias")}
+    return found["d_total"], found.get("normed"), sums["d_scale"], sums.get("d_bias")
+
+
+def parameters(norm: Norm) -> Any:
+    """How the compiler is to lay out a program."""
+    return None if norm.interpret else plgpu.CompilerParams(num_warps=_WARPS, num_stages=1)

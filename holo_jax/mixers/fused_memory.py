@@ -1,0 +1,118 @@
+"""The memory mixer in training on one GPU: the same mathematics as ``MemoryMixer``, with fewer passes.
+
+Phases become features of keys in the kernel that convolves them (``kernels.block``), the memory's kernel
+reads those, and norm, gate and output map follow in one piece. It covers reading whole sequences by content
+into an outer memory whose kernel is chosen for them; everything else is ``MemoryMixer``'s own.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from holo_jax import kernels
+from holo_jax.array_types import Array, Float
+from holo_jax.functional import retrieval_scale
+from holo_jax.kernels import hopper
+from holo_jax.kernels.call import Call
+from holo_jax.layers import Linear, Normalization
+from holo_jax.mixers.context import Context
+from holo_jax.mixers.memory import MemoryMixer
+
+
+def unsupported(mixer: MemoryMixer, x: Array, context: Context) -> str | None:
+    """Why ``mix`` cannot stand in for the mixer on this input, or None."""
+    config = mixer.config
+    if not kernels.block.uses(config.products_backend, "mixer"):
+        return f"block_backend is {config.block_backend!r}"
+    for name, wanted in (
+        ("binding", "outer"),
+        ("addressing", "content"),
+        ("write_gate", True),
+        ("output_gate", True),
+        ("head_norm", True),
+        ("value_conv", 0),
+    ):
+        if getattr(config, name) != wanted:
+            return f"{name} is {getattr(config, name)!r}; it must be {wanted!r}"
+    if config.read_scale == "sqrt_time":
+        return "the retrieval scale is 'sqrt_time'; it must be 'none' or 'sqrt_writes'"
+    if not 2 <= config.short_conv <= 8:
+        return f"short_conv is {config.short_conv}; it must be between 2 and 8"
+    if context.padding is not None or getattr(mixer, "joined", None) is not None:
+        return "it reads on from a state"
+    if x.dtype != jnp.dtype(config.precision.storage):
+        return f"x has dtype {x.dtype}; it must be {config.precision.storage}"
+    reason = kernels.block.mixer_unsupported(x, config.key_dim, config.head_dim)
+    if reason is None and kernels.choose(_call(mixer, x, context), config.memory_backend) != "hopper":
+        reason = "the memory has no kernel that reads features here"
+    return reason
+
+
+def _call(mixer: MemoryMixer, x: Array, context: Context) -> Call:
+    config = mixer.config
+    tokens = (*x.shape[:2], config.num_heads)
+    phases = jax.ShapeDtypeStruct((*tokens, config.key_dim), jnp.float32)
+    gates = jax.ShapeDtypeStruct(tokens, jnp.float32)
+    values = jax.ShapeDtypeStruct((*tokens, config.head_dim), x.dtype)
+    return Call(
+        phases,
+        phases,
+        values,
+        gates,
+        gates if config.erase else None,
+        config.binding,
+        config.memory_method,
+        context.segment_ids,
+        None,
+        config.chunk_size or None,
+    )
+
+
+def after_norm(
+    mixer: MemoryMixer, norm: Normalization, x: Float[Array, "b t e"], context: Context
+) -> tuple[Float[Array, "b t e"], Float[Array, "b t e"]]:
+    """(x, ``mixer(norm(x))``), for inputs that ``unsupported`` accepts."""
+    config = mixer.config
+    narrow = ("write", "erase") if config.erase else ("write",)
+    # Gates are a few columns each: they ride along with the phases, which have the same dtype.
+    phases = jnp.concatenate([getattr(mixer, n).weight[...] for n in ("phases", *narrow)], axis=1)
+    weights = (mixer.values.weight[...], mixer.gate.weight[...], phases)
+    dtypes = (x.dtype, x.dtype, jnp.dtype(config.precision.phases))
+    if norm.fuses(x):
+        x, products = kernels.block.normed_products(
+            x, None, *norm.parameters, weights, dtypes=dtypes, eps=norm.eps
+        )
+    else:
+        rows = norm(x)
+        products = tuple(
+            jnp.einsum("bti,io->bto", rows, w.astype(x.dtype), preferred_element_type=dtype)
+            for w, dtype in zip(weights, dtypes, strict=True)
+        )
+    return x, _mix(mixer, context, *products)
+
+
+def _mix(mixer: MemoryMixer, context: Context, values: Array, gate: Array, raw: Array) -> Array:
+    """From the maps of the input, where ``raw`` holds the phases and then the gates."""
+    config = mixer.config
+    b, t, _ = values.shape
+    h, m = config.num_heads, config.key_dim
+    taps = config.phase_scale * jnp.stack([mixer.write_taps[...], mixer.read_taps[...]])
+    inside = None if context.segment_ids is None else context.inside.astype(jnp.int32)
+    keys, queries = kernels.block.convolved_features(raw, taps, inside, m=m, dtype=values.dtype)
+    gates = _gates(mixer.write, raw, h * m)
+    erase = gates * _gates(mixer.erase, raw, h * m + h) if config.erase else None
+    call = _call(mixer, values, context)._replace(
+        values=values.reshape(b, t, h, -1), gates=gates, erase=erase
+    )
+    retrieved, _ = hopper.accumulate_features(keys, queries, call)
+    factors = None
+    if config.read_scale == "sqrt_writes":
+        factors = 1.0 / retrieval_scale(config.read_scale, gates, segment_ids=context.segment_ids)
+    return kernels.block.gated_product(
+        retrieved, factors, gate, mixer.head_norm.weight[...], mixer.out.weight[...], eps=config.norm_eps
+    )
+
+
+def _gates(linear: Linear, raw: Array, column: int) -> Array:
+    assert linear.bias is not None
+    bias = linear.bias[...]
+    return jax.nn.sigmoid(raw[..., column : column + bias.shape[0]] + bias.astype(raw.dtype)[None, None])

@@ -1,0 +1,138 @@
+"""The kernels between products, in Pallas' interpreter: against float64, and in a whole model."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from eval.common import Reporter
+from eval.speed_parts import block_gate
+from holo_jax import kernels
+from holo_jax.config import HoloConfig
+from holo_jax.functional import accumulate
+from holo_jax.kernels import hopper, triton
+from holo_jax.kernels.block import convolved_features, uses
+from holo_jax.kernels.triton_phases import Walk
+from holo_jax.mixers import fused_memory
+from holo_jax.model import HoloForCausalLM
+from holo_jax.precision import FULL
+from holo_jax.sequence import short_convolutions, with_tail
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Of a report that nobody keeps."""
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels run in the interpreter; the memory that reads features is the portable one."""
+    monkeypatch.setattr(triton, "missing", lambda: None)
+    monkeypatch.setattr("holo_jax.kernels.block.partitioned", lambda: False)
+    calls = []
+
+    def choose(call, backend):
+        return "hopper" if isinstance(call.values, jax.ShapeDtypeStruct) else "portable"
+
+    monkeypatch.setattr(kernels, "choose", choose)
+
+    def accumulate_features(keys, queries, call):
+        calls.append(keys.shape)
+        m = keys.shape[-1] // 2
+        phases = (jnp.arctan2(x[..., m:], x[..., :m]) for x in (keys, queries))
+        return accumulate(*phases, call.values, call.gates, call.erase, **options(call))
+
+    def options(call):
+        return dict(binding="outer", segment_ids=call.segment_ids, method=call.method)
+
+    monkeypatch.setattr(hopper, "accumulate_features", accumulate_features)
+    return calls
+
+
+def test_the_gate_passes_in_the_interpreter(interpreted, monkeypatch):
+    monkeypatch.setattr(block_gate, "_ROWS", 128)
+    monkeypatch.setattr(block_gate, "_WIDTH", 128)
+    names = [name for name in block_gate.cases() if name not in ("denoiser", "loss")]
+    assert names == ["norm", "centered norm", "retrieval", "features"]
+    found = block_gate.cases()
+    monkeypatch.setattr(block_gate, "cases", lambda: {name: found[name] for name in names})
+    reporter = Reporter("speed", Settings(), (0,), out=None, command="")
+    assert block_gate.run(reporter, seed=0)
+    assert len(reporter.values) == 6 + 7 + 6 + 3
+
+
+def test_features_at_an_odd_length():
+    """Past the end of the last run, in several tiles and programs."""
+    rng = np.random.default_rng(0)
+    b, t, m, k = 1, 21, 16, 3
+    raw, taps = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((b, t, 2 * m), (2, k, 2 * m)))
+    inside = jnp.arange(t, dtype=jnp.uint32)[None]
+    walk = Walk(m, k, rows=2, steps=2, tiles=2, interpret=True)
+
+    def plain(raw, taps):
+        phases = short_convolutions(with_tail(raw, k - 1), tuple(taps), inside)
+        return [jnp.stack([jnp.cos(x), jnp.sin(x)]) / 4 for x in phases]
+
+    def kernel(raw, taps):
+        found = convolved_features(raw, taps, None, m=m, dtype=jnp.float32, walk=walk)
+        return [jnp.moveaxis(x.reshape(b, t, 2, 2, m), 3, 0).reshape(2, b, t, 2 * m) for x in found]
+
+    wanted, pull = jax.vjp(plain, raw, taps)
+    found, own_pull = jax.vjp(kernel, raw, taps)
+    cotangent = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), wanted)
+    for x, y in zip(
+        jax.tree.leaves((found, own_pull(cotangent))), jax.tree.leaves((wanted, pull(cotangent))), strict=True
+    ):
+        np.testing.assert_allclose(x, y, atol=3e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, dict(erase=False), dict(preset="seed")])
+def test_a_model_is_the_same(interpreted, changes):
+    changes = {"preset": "holo", **changes}
+    preset = changes.pop("preset")
+    tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
+    segments = jnp.asarray(np.repeat([[1, 2]], 16, axis=1).repeat(2, axis=0), jnp.int32)
+    found = {}
+    for backend in ("portable", "fused"):
+        config = HoloConfig.preset(
+            preset,
+            vocab_size=64,
+            hidden_size=128,
+            hd_dim=64,
+            phasors=16,
+            mlp_ratio=1.0,
+            num_hidden_layers=1,
+            precision=FULL,
+            block_backend=backend,
+            memory_method="chunked",
+            remat="dots",
+            **changes,
+        )
+        graphdef, params = nnx.split(HoloForCausalLM(config, rngs=nnx.Rngs(0)), nnx.Param)
+
+        def loss(params, graphdef=graphdef):
+            return nnx.merge(graphdef, params)(tokens, labels=tokens, segment_ids=segments).loss
+
+        found[backend] = jax.value_and_grad(loss)(params)
+    assert bool(interpreted) == (preset == "holo")
+    for x, y in zip(jax.tree.leaves(found["fused"]), jax.tree.leaves(found["portable"]), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5 + 1e-4 * float(jnp.max(jnp.abs(y))))
+
+
+def test_what_is_not_proven_is_not_automatic():
+    assert uses("auto", "products") and not uses("auto", "norms") and not uses("auto", "mixer")
+    assert uses("fused", "mixer") and not uses("portable", "products")
+
+
+@pytest.mark.parametrize(
+    "change", [dict(binding="hadamard", erase=False), dict(value_conv=2), dict(head_norm=False)]
+)
+def test_other_mixers_are_their_own(interpreted, change):
+    config = HoloConfig(hidden_size=128, hd_dim=64, block_backend="fused", precision=FULL, **change)
+    mixer = nnx.eval_shape(lambda: fused_memory.MemoryMixer(config, rngs=nnx.Rngs(0)))
+    x = jax.ShapeDtypeStruct((2, 64, 128), jnp.float32)
+    context = fused_memory.Context(jnp.arange(64, dtype=jnp.uint32)[None])
+    assert next(iter(change)) in fused_memory.unsupported(mixer, x, context)
