@@ -81,7 +81,7 @@ class Block(nnx.Module):
     def __init__(self, config: HoloConfig, kind: str, *, rngs: nnx.Rngs) -> None:
         e = config.hidden_size
         self.mixer_norm = Normalization(config, (e,), ("embed",))
-        self.mixer = MIXERS[kind](_for_kind(config, kind), rngs=rngs)
+        self.mixer: Any = MIXERS[kind](_for_kind(config, kind), rngs=rngs)
         if config.mlp != "none":
             self.mlp_norm = Normalization(config, (e,), ("embed",))
             self.mlp = Denoiser(config, rngs=rngs)

@@ -305,8 +305,8 @@ def convolved_features(
     b, t, _ = raw.shape
     if walk is None:
         # The interpreter compiles every position of a run on its own.
-        small = dict(rows=2, steps=2, interpret=True)
-        walk = Walk(m, taps.shape[1], **(small if _interpreted() else dict(rows=max(1, 256 // m))))
+        walk = Walk(m, taps.shape[1], rows=max(1, 256 // m))
+        walk = walk._replace(rows=2, steps=2, interpret=True) if _interpreted() else walk
     found = _convolved_features((walk, jnp.dtype(dtype)), raw, taps, inside)
     return tuple(x.reshape(b, t, -1, 2 * m) for x in found)  # type: ignore[return-value]
 

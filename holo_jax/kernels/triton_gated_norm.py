@@ -37,7 +37,7 @@ def _gated(inputs: dict[str, Any], at: Any, norm: Norm, weight: Array) -> dict[s
     return found if factor is None else found | {"factor": factor}
 
 
-def _specs(arrays: dict[str, Array], tokens: int, width: int) -> dict[str, Any]:
+def _specs(arrays: dict[str, Any], tokens: int, width: int) -> dict[str, Any]:
     tile = pl.BlockSpec((tokens, width), lambda i, j: (i, j))
     column = pl.BlockSpec((tokens, 1), lambda i, j: (i, j))
     head = pl.BlockSpec((1, width), lambda i, j: (j, 0))

@@ -52,8 +52,8 @@ def forward(
     n, e = x.shape
     rows = rows_of(n)
     assert rows is not None
-    inputs = {"x": x, "delta": delta, "scale": scale, "bias": bias}
-    inputs = {name: array for name, array in inputs.items() if array is not None}
+    given = {"x": x, "delta": delta, "scale": scale, "bias": bias}
+    inputs = {name: array for name, array in given.items() if array is not None}
 
     def kernel(ins: dict[str, Any], outs: dict[str, Any]) -> None:
         total = ins["x"][...]

@@ -161,8 +161,8 @@ def backward(
         weights = _weights(place, ins["taps"])
         zero = jnp.zeros((walk.rows, walk.m), jnp.float32)
 
-        def tile(index: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-            start, sums = place.start(index), list(sums)
+        def tile(index: Array, before: tuple[Array, ...]) -> tuple[Array, ...]:
+            start, sums = place.start(index), list(before)
             seen = [place.load(ins["raw"], start - delay, place.columns) for delay in range(k - 1, 0, -1)]
             open_: list[Array] = []  # gradients of the last k - 1 positions, which later ones add to
             for step in range(walk.steps + k - 1):

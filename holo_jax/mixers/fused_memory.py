@@ -5,6 +5,8 @@ reads those, and norm, gate and output map follow in one piece. It covers readin
 into an outer memory whose kernel is chosen for them; everything else is ``MemoryMixer``'s own.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -50,9 +52,9 @@ def unsupported(mixer: MemoryMixer, x: Array, context: Context) -> str | None:
 def _call(mixer: MemoryMixer, x: Array, context: Context) -> Call:
     config = mixer.config
     tokens = (*x.shape[:2], config.num_heads)
-    phases = jax.ShapeDtypeStruct((*tokens, config.key_dim), jnp.float32)
-    gates = jax.ShapeDtypeStruct(tokens, jnp.float32)
-    values = jax.ShapeDtypeStruct((*tokens, config.head_dim), x.dtype)
+    phases: Any = jax.ShapeDtypeStruct((*tokens, config.key_dim), jnp.float32)
+    gates: Any = jax.ShapeDtypeStruct(tokens, jnp.float32)
+    values: Any = jax.ShapeDtypeStruct((*tokens, config.head_dim), x.dtype)
     return Call(
         phases,
         phases,
