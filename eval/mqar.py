@@ -21,7 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from holo_jax.array_types import Array, Int
+from holo_jax.array_types import Array, Float, Int
 
 
 class Task(NamedTuple):
@@ -47,6 +47,7 @@ class Packed(NamedTuple):
       tokens, segment_ids: int32 [rows, width]; segment 0 is padding.
       rows, places: int32 [q], where each query stands.
       answers: int32 [q].
+      weights: float32 [q], those of a mean over sequences of the mean over their queries; their sum is 1.
     """
 
     tokens: Int[Array, "b t"]
@@ -54,6 +55,7 @@ class Packed(NamedTuple):
     rows: Int[Array, " q"]
     places: Int[Array, " q"]
     answers: Int[Array, " q"]
+    weights: Float[Array, " q"]
 
 
 def check(length: int, pairs: int, vocab_size: int) -> None:
@@ -118,6 +120,7 @@ def pack(parts: list[Examples], width: int) -> Packed:
     """
     packed = []
     first_row = 0
+    sequences = sum(part.tokens.shape[0] for part in parts)
     for part in parts:
         examples, length = part.tokens.shape
         per_row = width // length
@@ -138,6 +141,7 @@ def pack(parts: list[Examples], width: int) -> Packed:
                 jnp.broadcast_to(first_row + number // per_row, part.places.shape).reshape(-1),
                 (number % per_row * length + part.places).reshape(-1),
                 part.answers.reshape(-1),
+                jnp.full((part.answers.size,), 1.0 / (sequences * part.answers.shape[1]), jnp.float32),
             )
         )
         first_row += rows

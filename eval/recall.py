@@ -87,9 +87,14 @@ def query_logits(functions: ModelFunctions, params, packed: mqar.Packed) -> Arra
 
 
 def query_loss(functions: ModelFunctions, params, packed: mqar.Packed) -> Array:
-    """Mean cross-entropy of the answers."""
+    """Cross-entropy of the answers: mean over sequences of the mean over their queries.
+
+    So a setting counts by its share of the sequences, as where every batch holds sequences of one setting. A
+    mean over queries is ruled by the fullest sequences, and models that learn the sparse ones first stay at
+    chance.
+    """
     logits = query_logits(functions, params, packed)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, packed.answers).mean()
+    return (packed.weights * optax.softmax_cross_entropy_with_integer_labels(logits, packed.answers)).sum()
 
 
 def test_batches(key: Array, settings: Settings, length: int, pairs: int) -> mqar.Packed:
@@ -110,6 +115,7 @@ def test_batches(key: Array, settings: Settings, length: int, pairs: int) -> mqa
             rows=jnp.pad(found.rows, missing),
             places=jnp.pad(found.places, missing),
             answers=jnp.pad(found.answers, missing, constant_values=-1),
+            weights=jnp.pad(found.weights, missing),
         )
 
     return jax.lax.map(one, jnp.arange(settings.test_rows // settings.test_batch))
@@ -151,7 +157,7 @@ def run_model(name: str, settings: Settings, reporter: Reporter, tests: dict, ke
     seconds = time.monotonic() - started
 
     def right(params, packed):
-        return jnp.mean(query_logits(functions, params, packed).argmax(-1) == packed.answers)
+        return (packed.weights * (query_logits(functions, params, packed).argmax(-1) == packed.answers)).sum()
 
     held_out = jax.jit(lambda k: validation_batch(k, settings))(jax.random.fold_in(key, 1))
     scores = jax.jit(jax.vmap(jax.vmap(right, (0, None)), (0, None)))(trained.params, held_out)

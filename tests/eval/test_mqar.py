@@ -93,6 +93,7 @@ def test_packing_by_hand():
     assert packed.rows.tolist() == [0, 0, 1, 2, 2]
     assert packed.places.tolist() == [2, 6, 2, 5, 4]
     assert packed.answers.tolist() == [9, 8, 7, 9, 8]
+    assert packed.weights.tolist() == [0.25, 0.25, 0.25, 0.125, 0.125]
     answers = mqar.oracle(packed.tokens, packed.segment_ids)[packed.rows, packed.places]
     assert answers.tolist() == packed.answers.tolist()
     with pytest.raises(ValueError, match="does not fit"):
