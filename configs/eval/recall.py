@@ -26,7 +26,7 @@ def _models() -> dict:
         models[f"holo_nomlp_{size}"] = dict(preset="holo", mlp="none", **outer)
         models[f"ssm_{size}"] = dict(preset="ssm", **outer)
     models["ssm_nomlp_4k"] = dict(preset="ssm", mlp="none", hd_dim=128, phasors=16)
-    models["attention_nomlp"] = dict(preset="attention", mlp="none", hd_dim=128)
+    models["attention_nomlp"] = dict(preset="attention", mlp="none", hd_dim=128, key_conv=4)
     for size, hd_dim in {"4k": 1024, "16k": 4096}.items():
         # Wide activations: their blocks are computed again in the backward pass.
         models[f"dual_{size}"] = dict(preset="dual", hd_dim=hd_dim, remat="full")
@@ -91,7 +91,7 @@ _VARIANTS = {
     "quick": dict(
         setting="quick",
         models={
-            "attention": dict(preset="attention", hd_dim=64),
+            "attention": dict(preset="attention", hd_dim=64, key_conv=4),
             "holo_2k": dict(preset="holo", hd_dim=64, phasors=16),
         },
         select=("attention", "holo_2k"),
@@ -126,7 +126,7 @@ _VARIANTS = {
                 "holo": dict(hd_dim=64, phasors=16),
                 "dual": dict(hd_dim=256),
                 "seed": dict(hd_dim=512),
-                "attention": dict(hd_dim=64),
+                "attention": dict(hd_dim=64, key_conv=4),
                 "ssm": dict(hd_dim=64, phasors=16),
             }.items()
             for suffix, mlp in {"": "swiglu", "_linear": "linear", "_nomlp": "none"}.items()
