@@ -16,8 +16,7 @@ from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.models import Size, model_config
 from eval.speed_parts.timing import Built, Job, compile_all, failure, median, missing, say
 from holo_jax.generate import Sampling, decoding_form, init_state, prefill, state_bytes
-from holo_jax.generate.decoding import NONE, Decoding, DecodingInputs, decode_block
-from holo_jax.generate.forms import split_state
+from holo_jax.generate.decoding import NONE, Decoding, DecodingInputs, decode_block, loop_state
 from holo_jax.mixers import AttentionState
 from holo_jax.model import HoloForCausalLM, ModelState
 from holo_jax.precision import Precision
@@ -72,7 +71,7 @@ class Decoder:
         state = init_state(
             self.config, cell.batch, cache_length=cell.context + spare, state_dtype=cell.state_dtype
         )
-        return self.decoding(_filled(split_state(state), cell.context))
+        return self.decoding(_filled(loop_state(self.config, state), cell.context))
 
     def decoding(self, state: ModelState) -> Decoding:
         """What the loop carries, far from its end."""
@@ -222,7 +221,7 @@ def latency(
     runs = []
     for context in contexts:
         reading = prefill(decoder.model, [tokens[:context]], piece_size=piece)
-        runs.append(_blocks(decoder, program, decoder.decoding(split_state(reading.state)), 1))
+        runs.append(_blocks(decoder, program, decoder.decoding(loop_state(decoder.config, reading.state)), 1))
     # Many short samples in turns: what else the machine does meets all contexts alike.
     measured = _samples(runs, steps, 4 * samples)
     for context, seconds in zip(contexts, measured, strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from holo_jax.array_types import Array, Bool, Float, Int, UInt32
+from holo_jax.config import HoloConfig
 from holo_jax.generate.checks import (
     Row,
     as_count,
@@ -20,8 +21,11 @@ from holo_jax.generate.checks import (
     check_room,
 )
 from holo_jax.generate.forms import decoding_form, is_split, owned, split_state, stack_state
+from holo_jax.generate.pending import GROUP, hold_layers, holds, release_layers
 from holo_jax.generate.reading import PIECE_SIZE, Reading, init_state, next_logits, prefill, read
 from holo_jax.generate.sampling import Plan, Sampling, SamplingNumbers, sample
+from holo_jax.generate.state_precision import stored_dtype
+from holo_jax.generate.stepping import PORTABLE, Form, join_held, split_held, step
 from holo_jax.model import HoloForCausalLM, ModelState, positional_turns
 
 BLOCK_SIZE = 64
@@ -36,7 +40,7 @@ class Decoding(NamedTuple):
 
     Attributes:
       logits: of each row's next token [b, v].
-      state: after everything read, split over periods.
+      state: after everything read, in the form of ``loop_state``.
       remaining: tokens that each row may still generate; 0 once it is finished.
       seen: tokens that the repetition penalty applies to [b, v], or None without one.
     """
@@ -153,7 +157,7 @@ def generate(
     graphdef, params = nnx.split(decoding_form(model), nnx.Param)
     decoding = Decoding(
         logits=start.logits,
-        state=split_state(start.state),
+        state=loop_state(config, start.state),
         remaining=jnp.full((batch,), max_new_tokens, jnp.int32),
         seen=_seen(rows, seen, batch, config.vocab_size) if sampling.penalises else None,
     )
@@ -174,14 +178,23 @@ def generate(
             callback(new)
         if not np.asarray(decoding.remaining).any():
             break
-    state = decoding.state if is_split(start.state.layers) else stack_state(decoding.state)
+    state = decoding.state._replace(layers=release_layers(decoding.state.layers))
+    state = split_state(state) if is_split(start.state.layers) else stack_state(state)
     stopped = [bool(row) and row[-1] in stops for row in tokens]
     return Generated(tokens, stopped, decoding.logits, state, decoding.seen)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("steps", "plan"), donate_argnums=2)
+@partial(jax.jit, static_argnums=0, static_argnames=("steps", "plan", "form"), donate_argnums=2)
 def decode_block(
-    graphdef: Any, params: Any, decoding: Decoding, inputs: DecodingInputs, *, steps: int, plan: Plan
+    graphdef: Any,
+    params: Any,
+    decoding: Decoding,
+    inputs: DecodingInputs,
+    packed: Any = None,
+    *,
+    steps: int,
+    plan: Plan,
+    form: Form = PORTABLE,
 ) -> tuple[Decoding, Int[Array, "b steps"], Bool[Array, ""]]:
     """Draws and reads ``steps`` tokens a row on the device.
 
@@ -201,25 +214,69 @@ def decode_block(
     model = nnx.merge(graphdef, params)
     turns = positional_turns(model.config)
     permitted = jnp.arange(model.config.vocab_size)[None] < inputs.allowed
+    if holds(decoding.state.layers):
+        groups = -(-steps // GROUP)
+        size = -(-steps // groups)
+    else:
+        groups, size = 1, steps
 
-    def body(carry: tuple[Decoding, Array], _: None) -> tuple[tuple[Decoding, Array], Array]:
-        now, finite = carry
+    def draw(now: Decoding) -> Array:
         logits = jnp.where(permitted, now.logits, -jnp.inf)
-        token = sample(logits, inputs.numbers, inputs.seeds, now.state.position, now.seen, plan=plan)
-        active = now.remaining > 0
-        hidden, state = read(model, jnp.where(active, token, 0)[:, None], now.state, active[:, None], turns)
+        return sample(logits, inputs.numbers, inputs.seeds, now.state.position, now.seen, plan=plan)
+
+    def after(now: Decoding, token: Array, active: Array, hidden: Array, state: ModelState) -> Decoding:
         logits = jnp.where(active[:, None], next_logits(model, hidden), now.logits)
         stops = jnp.any(token[:, None] == inputs.stop_tokens[None], axis=-1)
-        remaining = jnp.where(active & ~stops, now.remaining - 1, 0)
+        remaining = jnp.where(active, jnp.where(stops, 0, now.remaining - 1), now.remaining)
         seen = now.seen
         if seen is not None:
             seen = seen | (active[:, None] & (token[:, None] == jnp.arange(seen.shape[1])[None]))
-        finite = finite & jnp.all(jnp.isfinite(logits))
-        return (Decoding(logits, state, remaining, seen), finite), jnp.where(active, token, NONE)
+        return Decoding(logits, state, remaining, seen)
+
+    def one(carry: tuple[Decoding, Array], _: None) -> tuple[tuple[Decoding, Array], Array]:
+        now, finite = carry
+        token, active = draw(now), now.remaining > 0
+        hidden, state = read(model, jnp.where(active, token, 0)[:, None], now.state, active[:, None], turns)
+        now = after(now, token, active, hidden, state)
+        return (now, finite & jnp.all(jnp.isfinite(now.logits))), jnp.where(active, token, NONE)
+
+    def group(carry: tuple[Decoding, Array], number: Array) -> tuple[tuple[Decoding, Array], Array]:
+        now, finite = carry
+        fixed, moving = split_held(now.state.layers, size)
+        before = now.state.position
+
+        def one(carry: tuple[Decoding, Array], index: Array) -> tuple[tuple[Decoding, Array], Array]:
+            now, finite = carry
+            # The last group may be longer than what is left of the steps.
+            token, active = draw(now), (now.remaining > 0) & (number * size + index < steps)
+            ids = jnp.where(active, token, 0)
+            hidden, state = step(model, ids, fixed, now.state, index, active, turns, form, packed)
+            now = after(now, token, active, hidden, state)
+            return (now, finite & jnp.all(jnp.isfinite(now.logits))), jnp.where(active, token, NONE)
+
+        start = (now._replace(state=now.state._replace(layers=moving)), finite)
+        (now, finite), tokens = jax.lax.scan(one, start, jnp.arange(size, dtype=jnp.int32))
+        count = (now.state.position - before).astype(jnp.int32)
+        state = now.state._replace(layers=join_held(fixed, now.state.layers, count))
+        return (now._replace(state=state), finite), tokens
 
     start = (decoding, jnp.all(jnp.isfinite(decoding.logits)))
-    (decoding, finite), tokens = jax.lax.scan(body, start, length=steps)
+    if holds(decoding.state.layers):
+        (decoding, finite), tokens = jax.lax.scan(group, start, jnp.arange(groups, dtype=jnp.int32))
+        tokens = tokens.reshape(groups * size, -1)[:steps]
+    else:
+        (decoding, finite), tokens = jax.lax.scan(one, start, length=steps)
     return decoding, tokens.T, finite
+
+
+def loop_state(config: HoloConfig, state: ModelState, form: Form = PORTABLE) -> ModelState:
+    """A state as the loop carries it: split over periods, memories as planes where they can be."""
+    state = stack_state(state) if form.stacked else split_state(state)
+    return (
+        state
+        if stored_dtype(state) != "float32"
+        else state._replace(layers=hold_layers(config, state.layers))
+    )
 
 
 def _start(

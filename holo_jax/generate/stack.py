@@ -1,0 +1,134 @@
+"""A model of memory layers as arrays stacked over depth, for the kernel that walks all of them."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from holo_jax.array_types import Array, Bool, Float, Int
+from holo_jax.config import HoloConfig
+from holo_jax.generate.pending import Held, Pending
+from holo_jax.kernels import decode_stack
+from holo_jax.model import HoloForCausalLM
+
+
+def pack(model: HoloForCausalLM) -> dict[str, Array]:
+    """The weights of all blocks by the names of ``decode_stack.run``; of a model in decoding form."""
+    config = model.config
+    periods: Any = model.model.periods
+    blocks = [block for period in periods for block in period.blocks]
+
+    def stacked(get: Any) -> Array:
+        return jnp.stack([get(block) for block in blocks])
+
+    arrays = {
+        "maps": stacked(lambda block: block.mixer.joined.weight[...].T),
+        "out": stacked(lambda block: block.mixer.out.weight[...].T),
+        "up": stacked(lambda block: block.mlp.joined.weight[...].T),
+        "down": stacked(lambda block: block.mlp.down.weight[...].T),
+        "mixer_norm": stacked(lambda block: block.mixer_norm.weight[...]),
+        "mlp_norm": stacked(lambda block: block.mlp_norm.weight[...]),
+        "read_taps": stacked(lambda block: block.mixer.read_taps[...]),
+        "write_taps": stacked(lambda block: block.mixer.write_taps[...]),
+    }
+    if config.head_norm:
+        arrays["head_norm"] = stacked(lambda block: block.mixer.head_norm.weight[...])
+    if config.write_gate:
+        arrays["write_bias"] = stacked(lambda block: block.mixer.write.bias[...])
+    if config.erase:
+        arrays["erase_bias"] = stacked(lambda block: block.mixer.erase.bias[...])
+    return arrays
+
+
+def shape_of(config: HoloConfig, rows: int, size: int, programs: int, **options: bool) -> decode_stack.Shape:
+    """The kernel's sizes."""
+    return decode_stack.Shape(
+        rows=rows,
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=config.num_heads,
+        m=config.key_dim,
+        d=config.head_dim,
+        hidden=config.mlp_dim,
+        taps=config.short_conv,
+        size=size,
+        write=config.write_gate,
+        erase=config.erase,
+        gate=config.output_gate,
+        head_norm=config.head_norm,
+        scale=config.read_scale,
+        phase_scale=config.phase_scale,
+        eps=config.norm_eps,
+        programs=programs,
+        **options,
+    )
+
+
+class Moving(NamedTuple):
+    """What a token changes: what is pending in all layers, and the counters of the programs' meetings."""
+
+    pending: Pending
+    counter: Int[Array, "1"]
+    launch: Int[Array, ""]
+
+
+def heads(
+    mixer: Any,
+    y: Float[Array, "b f"],
+    held: Held,
+    pending: Pending,
+    index: Int[Array, ""],
+    active: Bool[Array, "b"],
+    position: Array,
+    interpret: bool,
+) -> tuple[Float[Array, "b e"], Pending]:
+    """One layer's memory on the joined maps of a token, by a kernel; to be given to the output map."""
+    config = mixer.config
+    shape = shape_of(config, y.shape[0], pending.keys.shape[2], 1, interpret=interpret)._replace(layers=1)
+    arrays = {**held._asdict(), **pending._asdict()}
+    arrays |= {"read_taps": mixer.read_taps[...], "write_taps": mixer.write_taps[...]}
+    if config.head_norm:
+        arrays["head_norm"] = mixer.head_norm.weight[...]
+    if config.write_gate:
+        arrays["write_bias"] = mixer.write.bias[...]
+    if config.erase:
+        arrays["erase_bias"] = mixer.erase.bias[...]
+    arrays = {name: array[None] for name, array in arrays.items() if name not in ("residue", "tail")}
+    arrays |= {
+        "y": y,
+        "index": index[None],
+        "active": active.astype(jnp.float32),
+        "position": position.astype(jnp.float32),
+    }
+    found = decode_stack.run_heads(shape, arrays, jnp.dtype(config.precision.storage))
+    return found["z"], Pending(*(found[name][0] for name in Pending._fields))
+
+
+def through(
+    shape: decode_stack.Shape,
+    weights: dict[str, Array],
+    x: Float[Array, "b e"],
+    held: Held,
+    pending: Pending,
+    index: Int[Array, ""],
+    active: Bool[Array, "b"],
+    position: Array,
+    counter: Int[Array, "1"],
+    launch: Int[Array, ""],
+) -> tuple[Float[Array, "b e"], Pending, Int[Array, "1"]]:
+    """One token through all blocks; states stacked over layers."""
+    found = decode_stack.run(
+        shape,
+        {
+            **weights,
+            **pending._asdict(),
+            "x": x,
+            "counter": counter,
+            "memory": held.memory,
+            "writes": held.writes,
+            "index": index[None],
+            "active": active.astype(jnp.float32),
+            "position": position.astype(jnp.float32),
+            "launch": launch[None],
+        },
+    )
+    return found["x"], Pending(*(found[name] for name in Pending._fields)), found["counter"]

@@ -1,0 +1,173 @@
+"""One token through a model in decoding form, with the writes of its memories held back."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from holo_jax.array_types import Array, Bool, Float, Int
+from holo_jax.generate import stack
+from holo_jax.generate.pending import Held, Pending, Token, begin, join, read_and_write, scaled
+from holo_jax.layers import embedding_std, lookup, project
+from holo_jax.mixers import Context
+from holo_jax.model import HoloForCausalLM, ModelState
+
+
+class Form(NamedTuple):
+    """How tokens are read.
+
+    Attributes:
+      stacked: by one kernel over all layers, on states and weights stacked over depth.
+      heads: memories by a kernel.
+      programs: programs of the kernel over all layers.
+      early, interpret: see ``decode_stack.Shape``.
+    """
+
+    stacked: bool = False
+    heads: bool = False
+    programs: int = 1
+    early: bool = True
+    interpret: bool = False
+
+
+PORTABLE = Form()
+
+
+def split_held(layers: Any, size: int) -> tuple[Any, Any]:
+    """What a group of ``size`` tokens only reads, and what each of its tokens changes.
+
+    Layers without held memory are all of the second kind.
+    """
+    if isinstance(layers[0], Held):
+        pending = jax.vmap(lambda held: begin(held, size))(layers[0])
+        return layers[0], stack.Moving(pending, jnp.zeros((1,), jnp.int32), jnp.int32(0))
+    fixed = tuple(tuple(x if isinstance(x, Held) else None for x in period) for period in layers)
+    moving = tuple(tuple(begin(x, size) if isinstance(x, Held) else x for x in period) for period in layers)
+    return fixed, moving
+
+
+def join_held(fixed: Any, moving: Any, count: Int[Array, "b"]) -> Any:
+    """The layers after a group."""
+    if isinstance(fixed, Held):
+        return (jax.vmap(lambda held, pending: join(held, pending, count))(fixed, moving.pending),)
+    return tuple(
+        tuple(x if held is None else join(held, x, count) for held, x in zip(*period, strict=True))
+        for period in zip(fixed, moving, strict=True)
+    )
+
+
+def step(
+    model: HoloForCausalLM,
+    tokens: Int[Array, "b"],
+    fixed: Any,
+    moving: ModelState,
+    index: Int[Array, ""],
+    active: Bool[Array, "b"],
+    turns: Array | None,
+    form: Form,
+    packed: dict[str, Array] | None = None,
+) -> tuple[Float[Array, "b e"], ModelState]:
+    """Reads one token a row; rows that are not active keep their state.
+
+    Args:
+      model: in decoding form.
+      tokens: ids.
+      fixed, moving: see ``split_held``; ``moving`` also has position and segment.
+      index: tokens in the group before.
+      active: rows that read.
+      turns: see ``HoloModel``.
+      form: how.
+      packed: weights for the kernel over all layers.
+
+    Returns:
+      The final hidden state, and ``moving`` after the token.
+    """
+    config = model.config
+    x = lookup(model.model.embedding[...], tokens[:, None], config.precision.storage)
+    if config.tie_embeddings:
+        x = x / jnp.asarray(embedding_std(config), x.dtype)
+    segment = moving.segment
+    position = moving.position + active.astype(jnp.uint32)
+    if form.stacked:
+        assert packed is not None
+        own: Any = moving.layers
+        shape = stack.shape_of(
+            config,
+            tokens.shape[0],
+            own.pending.keys.shape[-2],
+            form.programs,
+            early=form.early,
+            interpret=form.interpret,
+        )
+        x, pending, counter = stack.through(
+            shape,
+            packed,
+            x[:, 0],
+            fixed,
+            own.pending,
+            index,
+            active,
+            moving.position,
+            own.counter,
+            own.launch,
+        )
+        after: Any = stack.Moving(pending, counter, own.launch + 1)
+        return model.model.norm(x), ModelState(after, position, segment)
+    context = Context(
+        moving.position[:, None],
+        segment[:, None],
+        jnp.ones_like(active),
+        jnp.where(active, 0, 1).astype(jnp.int32),
+        segment,
+    )
+    layers = []
+    periods: Any = model.model.periods
+    for n, period in enumerate(periods):
+        own_turns = None if turns is None else turns[n]
+        states = []
+        for k, block in enumerate(period.blocks):
+            held, state = fixed[n][k], moving.layers[n][k]
+            if held is None:
+                x, state = block(x, context, None if own_turns is None else own_turns[k], state)
+            else:
+                mixed, state = _mix(
+                    block.mixer, block.mixer_norm(x), held, state, index, active, moving.position, form
+                )
+                x = x + mixed
+                if block.has_mlp:
+                    x = x + block.mlp(block.mlp_norm(x))
+            states.append(state)
+        layers.append(tuple(states))
+    return model.model.norm(x)[:, 0], ModelState(tuple(layers), position, segment)
+
+
+def _mix(
+    mixer: Any,
+    x: Float[Array, "b 1 e"],
+    held: Held,
+    pending: Pending,
+    index: Array,
+    active: Array,
+    position: Array,
+    form: Form,
+) -> tuple[Float[Array, "b 1 e"], Pending]:
+    """The memory mixer on one token."""
+    config = mixer.config
+    if form.heads:
+        y = jnp.concatenate(list(mixer.joined(x).values()), axis=-1)[:, 0]
+        z, pending = stack.heads(mixer, y, held, pending, index, active, position, form.interpret)
+        return mixer.out(z[:, None]), pending
+    maps = project(mixer, x, mixer.maps)
+    b, h, d = x.shape[0], config.num_heads, config.head_dim
+    gate = jax.nn.sigmoid(maps["write"][:, 0]) if config.write_gate else jnp.ones((b, h), jnp.float32)
+    gate = jnp.where(active[:, None], gate, 0.0)
+    token = Token(
+        phases=config.phase_scale * maps["phases"][:, 0],
+        values=maps["values"][:, 0].reshape(b, h, d).astype(jnp.float32),
+        gate=gate,
+        erase=gate * jax.nn.sigmoid(maps["erase"][:, 0]) if config.erase else None,
+    )
+    taps = (mixer.read_taps[...], mixer.write_taps[...])
+    read, pending = read_and_write(held, pending, index, token, *taps)
+    read = scaled(config, read, held, pending, position)
+    return mixer.out(mixer._finish(read[:, None], maps.get("gate"))), pending
