@@ -201,7 +201,8 @@ def ours(
 def inference(reporter: Reporter, settings: Settings, size: Size, ceilings: floors.Ceilings) -> None:
     """Memory and rate of reading by length, and of decoding by context."""
     dtype = "bfloat16"
-    reading.run(reporter, size, dtype, settings.lengths, settings.piece, settings.seed)
+    models = list(dict.fromkeys(text.partition(":")[0] for text in settings.decoders))
+    reading.run(reporter, size, dtype, settings.lengths, settings.piece, settings.seed, models)
     save(reporter)
     planned = decoding.plan(
         settings.decoders,
@@ -219,8 +220,7 @@ def inference(reporter: Reporter, settings: Settings, size: Size, ceilings: floo
 def save(reporter: Reporter) -> None:
     """Writes what there is, so that a run that is stopped leaves it."""
     say(f"{len(reporter.values)} values")
-    if reporter.out is not None:
-        reporter.results().write(reporter.out)
+    reporter.save()
 
 
 def main(argv: list[str] | None = None) -> int:

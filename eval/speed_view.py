@@ -126,55 +126,97 @@ def figures(results: Results, theme: str) -> dict:
     """``speed_throughput``, ``speed_training_memory``, ``speed_inference_memory``: those measured."""
     drawn = {}
     with plots.style(theme):
-        if results.select("tokens_per_second", part="train"):
+        if results.select("tokens_per_second", part="train") or results.select(
+            "tokens_per_second", part="peers"
+        ):
             drawn["speed_throughput"] = _over_length(
-                results, "tokens_per_second", "tokens a second", "Training throughput, same tokens a step"
+                results, "tokens_per_second", "tokens a second", "Training throughput"
             )
-            drawn["speed_training_memory"] = _over_length(results, "peak_gib", "GiB", "Peak memory of a step")
-        if results.select("state_bytes", part="decoding"):
+            drawn["speed_training_memory"] = _over_length(
+                results, "peak_gib", "GiB", "Peak memory of a training step"
+            )
+        if results.select("state_bytes", part="decoding") or results.select("peak_bytes", part="reading"):
             drawn["speed_inference_memory"] = _inference_memory(results)
     return drawn
 
 
+def _least(results: Results) -> dict[tuple[str, int], Value]:
+    """The step of the least memory of each model and length, of models whose fastest step needs more."""
+    best: dict[tuple[str, int], Value] = {}
+    for value in results.select("peak_gib", part="train"):
+        key = (value.where["model"], value.where["length"])
+        if value.status == "ok" and (key not in best or value.value < best[key].value):
+            best[key] = value
+    fast = fastest(results, "train")
+    saving = {key[0] for key, value in best.items() if key not in fast or value.where != fast[key].where}
+    return {key: value for key, value in best.items() if key[0] in saving}
+
+
+def _look(peer: str) -> tuple[str, int]:
+    """Name and index that give a peer its colour: that of the same mechanism here, else one of its own."""
+    own = {"gla": 6, "gated_deltanet": 7}
+    return {"llama": "attention", "llama_cudnn": "attention", "seed_eager": "seed"}.get(peer, peer), own.get(
+        peer, 0
+    )
+
+
 def _over_length(results: Results, metric: str, unit: str, title: str):
-    figure, axes = plots.grid(1, 1, size=(6.4, 4.4))
+    """The fastest form of each (lines), peers dashed; for memory also the least of any form (dotted)."""
+    figure, axes = plots.grid(1, 1, size=(6.8, 4.6))
     axis, lengths = axes[0, 0], set()
-    for part, style in (("train", "-"), ("peers", "--")):
-        best = fastest(results, part)
-        for index, model in enumerate(dict.fromkeys(name for name, _ in best)):
-            values = [_one(results, metric, **v.where) for (name, _), v in best.items() if name == model]
-            found = [v for v in values if v is not None]
-            label = model if part == "train" else _peer_name(model)
-            look = dict(colour=plots.colour(model, index), marker=plots.marker(model, index), ls=style)
+    curves = [(part, style, fastest(results, part)) for part, style in (("train", "-"), ("peers", "--"))]
+    if metric == "peak_gib":
+        curves.append(("least", ":", _least(results)))
+    for part, style, chosen in curves:
+        for index, model in enumerate(dict.fromkeys(name for name, _ in chosen)):
+            values = [_one(results, metric, **v.where) for (name, _), v in chosen.items() if name == model]
+            found = [v for v in values if v is not None] + _exhausted(results, part, model, chosen)
+            label = {"train": model, "peers": _peer_name(model), "least": f"{model}, least"}[part]
+            name, number = (model, index) if part != "peers" else _look(model)
+            look = dict(colour=plots.colour(name, number), marker=plots.marker(name, number), ls=style)
             plots.line(axis, found, "length", label=label, **look)
             lengths |= {v.where["length"] for v in found}
-    axis.set(ylim=(0, None), xlabel="tokens a row", ylabel=unit, title=title)
+    axis.set(ylim=(0, None), xlabel=f"tokens a row, {_tokens(results)}", ylabel=unit, title=title)
     plots.log_ticks(axis, "x", sorted(lengths) or [1])
     if axis.has_data():
-        axis.legend(loc="best", fontsize=8.5)
+        axis.legend(loc="best", fontsize=8)
     return figure
 
 
+def _exhausted(
+    results: Results, part: str, model: str, measured: dict[tuple[str, int], Value]
+) -> list[Value]:
+    """Lengths at which no form of the model fitted; drawn as crosses."""
+    values = results.select("tokens_per_second", part=part, model=model)
+    absent = {v.where["length"]: v for v in values if v.status == "oom"}
+    return [v for length, v in absent.items() if (model, length) not in measured]
+
+
+def _tokens(results: Results) -> str:
+    return f"{results.settings['tokens']:,} tokens a step (one row where it is longer)"
+
+
 def _inference_memory(results: Results):
-    figure, axes = plots.grid(1, 1, size=(6.4, 4.4))
+    """Peak of reading (weights included), and the state alone that decoding carries for one row."""
+    figure, axes = plots.grid(1, 1, size=(6.8, 4.6))
     axis = axes[0, 0]
-    values = [
-        v
-        for v in results.select("state_bytes", part="decoding", state_dtype="float32")
-        if v.where["steps"] > 1
-    ]
-    contexts = sorted({v.where["context"] for v in values} - {0}) or [1]
-    batch = min(v.where["batch"] for v in values)
-    for index, model in enumerate(dict.fromkeys(v.where["model"] for v in values)):
-        own = [v for v in values if v.where["model"] == model and v.where["batch"] == batch]
-        if own[0].where["context"] == 0:
-            xs, ys = contexts, [own[0].value] * len(contexts)
-        else:
-            xs, ys = [v.where["context"] for v in own], [v.value for v in own]
+    states = results.select("state_bytes", part="decoding", state_dtype="float32")
+    batch = min((v.where["batch"] for v in states), default=1)
+    states = [v for v in states if v.where["batch"] == batch and v.where["steps"] > 1]
+    peaks = [v for v in results.select("peak_bytes", part="reading") if v.status == "ok"]
+    contexts = sorted({v.where["context"] for v in states} - {0} | {v.where["tokens"] for v in peaks}) or [1]
+    for index, model in enumerate(dict.fromkeys(v.where["model"] for v in (*peaks, *states))):
         look = dict(color=plots.colour(model, index), marker=plots.marker(model, index))
-        axis.plot(xs, [y / 2**20 for y in ys], label=model, **look)
-    axis.set(yscale="log", xlabel="tokens of context", ylabel="MiB of state")
-    axis.set_title(f"State that decoding carries, {batch} row{'s' if batch > 1 else ''}")
+        read = [(v.where["tokens"], v.value) for v in peaks if v.where["model"] == model]
+        held = [(v.where["context"], v.value) for v in states if v.where["model"] == model]
+        if held and held[0][0] == 0:
+            held = [(context, held[0][1]) for context in contexts]
+        rows = f"{batch} row{'s' if batch > 1 else ''}"
+        for points, style, label in ((read, "-", "reading, all"), (held, "--", f"state of {rows}")):
+            if points:
+                xs, ys = zip(*sorted(points), strict=True)
+                axis.plot(xs, [y / 2**20 for y in ys], label=f"{model}: {label}", ls=style, **look)
+    axis.set(yscale="log", xlabel="tokens of context", ylabel="MiB", title="Memory of inference")
     plots.log_ticks(axis, "x", contexts)
-    axis.legend(loc="best")
+    axis.legend(loc="best", fontsize=8)
     return figure

@@ -84,8 +84,9 @@ def test_settings_are_checked(
     assert re.search(message, capsys.readouterr().err)
 
 
-def test_reading_is_measured() -> None:
-    request = dict(layers=1, width=64, vocab=64, activations="float32", length=64, piece=32, seed=0)
-    measured = measure(**request)
+@pytest.mark.parametrize("model", ["holo", "attention"])
+def test_reading_is_measured(model: str) -> None:
+    sizes = dict(layers=1, width=64, vocab=64, activations="float32", length=64, piece=32, seed=0)
+    measured = measure(model=model, **sizes)
     assert set(measured) == {"peak_bytes", "tokens_per_second", "state_bytes"}
     assert json.loads(json.dumps(measured)) and measured["peak_bytes"] > measured["state_bytes"] > 0

@@ -206,6 +206,41 @@ def test_answers_of_peers_become_values_and_curves(monkeypatch):
         assert set(speed.figures(results, theme)) == {"speed_throughput", "speed_training_memory"}
 
 
+class Fake:
+    """Something to time that writes down its turns; a long one is cut by a time limit."""
+
+    def __init__(self, name, length, told):
+        self.name, self.length, self.told = name, length, told
+
+    def measure(self, samples, least_seconds, *, profiled=False):
+        if self.length > 64:
+            raise KeyboardInterrupt
+        self.told.append((self.name, samples, profiled))
+
+    def report(self, reporter, ceilings):
+        reporter.add(exact("tokens_per_second", 1.0, part="train", model=self.name, length=self.length))
+
+
+def test_what_was_timed_in_turns_outlives_the_run(tmp_path):
+    """Those of one length take turns; a run that is cut keeps each that was reported before."""
+    reporter, told = Reporter("speed", settings(), (0,), out=tmp_path, command="test"), []
+    timed = [Fake("peer", 64, told), Fake("peer", 128, told), Fake("own", 64, told)]
+    with pytest.raises(KeyboardInterrupt):
+        turns.run(
+            reporter,
+            timed,
+            CEILINGS,
+            samples=5,
+            least_seconds=0.01,
+            profiled=lambda one: one.name == "own",
+            save=reporter.save,
+        )
+    assert told == [("peer", 3, False), ("own", 3, False), ("peer", 3, False), ("own", 3, True)]
+    kept = Results.read(tmp_path)
+    assert [v.where["model"] for v in kept.values] == ["peer", "own"]
+    assert any("unfinished" in note for note in kept.notes)
+
+
 def test_inference_memory_is_drawn():
     values = []
     for model, context, size in (("holo", 0, 2**20), ("attention", 64, 2**18), ("attention", 256, 2**20)):
