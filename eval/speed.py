@@ -41,6 +41,7 @@ class Settings:
     tilings: tuple[str, ...]
     mixers: tuple[str, ...]
     train: tuple[str, ...]
+    train_long: tuple[str, ...]
     profile: tuple[str, ...]
     peers: tuple[str, ...]
     decoders: tuple[str, ...]
@@ -63,7 +64,7 @@ class Settings:
                 raise ValueError(f"parts names {part!r}; it must be one of {', '.join(PARTS)}")
         for binding in self.bindings:
             check_choice("bindings", binding, BINDINGS)
-        for text in (*self.mixers, *self.train, *self.profile):
+        for text in self.variants():
             parse_variant(text)
         for name in self._models():
             binding = model_binding(name)
@@ -76,9 +77,13 @@ class Settings:
             if isinstance(value, int) and value < (0 if field.name == "seed" else 1):
                 raise ValueError(f"{field.name} is {value}; it must be at least 1")
 
+    def variants(self) -> tuple[str, ...]:
+        """All of our models and steps that are named."""
+        return (*self.mixers, *self.train, *self.train_long, *self.profile)
+
     def _models(self) -> dict[str, None]:
         """Models of the chosen parts, whose memory the gate must have tested."""
-        timed = {"mixer": self.mixers, "train": self.train}
+        timed = {"mixer": self.mixers, "train": (*self.train, *self.train_long)}
         names = [parse_variant(text).model for part in self.parts for text in timed.get(part, ())]
         if "inference" in self.parts:
             names += ["holo", *(text.partition(":")[0] for text in self.decoders)]
@@ -133,46 +138,44 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     save(reporter)
     size = Size(settings.layers, settings.width, settings.vocab)
     asked = [peers.parse_peer(text) for text in settings.peers if "peers" in settings.parts]
-    with peers.started(asked, size, settings.tokens) as others, Compiler(settings.workers) as compiler:
+    asked = [peers.parse_peer(text) for text in settings.peers if "peers" in settings.parts]
+    training = "train" in settings.parts
+    with (
+        peers.started(asked, size, settings.tokens) as others,
+        Compiler(settings.workers) as compiler,
+        Compiler(settings.workers, held=True) as later,
+    ):
         # All compile at the same time, the longest first; nothing is timed before all of them have.
-        variants = [parse_variant(text) for text in settings.train if "train" in settings.parts]
-        steps = train_step.start(variants, size, settings.tokens, compiler)
+        steps, long_steps = (
+            train_step.start([parse_variant(text) for text in texts if training], size, settings.tokens, by)
+            for texts, by in ((settings.train, compiler), (settings.train_long, later))
+        )
         tests = gate.Gate(usable, seed=settings.seed, compiler=compiler)
         blocks_sound = block_gate.run(reporter, seed=settings.seed)
         passed = tests.judge(reporter)
         save(reporter)
         # What a model may use must have passed: all that "auto" picks from, and what a variant names.
-        texts = (*settings.mixers, *settings.train, *settings.profile)
-        serving = {parse_variant(text).backend for text in texts} | {"portable", *kernels.AUTOMATIC}
+        serving = {parse_variant(text).backend for text in settings.variants()}
+        serving |= {"portable", *kernels.AUTOMATIC}
         needed = {(name, x) for name, bindings in usable.items() if name in serving for x in bindings}
         sound = blocks_sound and needed <= passed
         if not sound:
             reporter.note("something failed the gate, so mixer and train step are not timed")
-            steps = []
-        step_times(reporter, settings, others, steps, ceilings)
+            steps, long_steps = [], []
+        profiled = {parse_variant(text) for text in settings.profile}
+        options = dict(
+            least_seconds=settings.least_seconds,
+            profiled=lambda one: getattr(one, "variant", None) in profiled,
+            save=lambda: save(reporter),
+        )
+        turns.run(reporter, [*others, *steps], ceilings, samples=settings.train_samples, **options)
+        for one in others:
+            one.close()
+        # Long rows have no peers to take turns with; their steps are long.
+        later.release()
+        few = max(1, settings.train_samples // 2)
+        turns.run(reporter, long_steps, ceilings, samples=few, rounds=1, **options)
     ours(reporter, settings, size, ceilings, usable, passed, sound)
-
-
-def step_times(
-    reporter: Reporter,
-    settings: Settings,
-    others: list[peers.Peer],
-    steps: list[train_step.Step],
-    ceilings: floors.Ceilings,
-) -> None:
-    """Waits until peers and steps have compiled, then times them in turns, length by length."""
-    for one in (*others, *steps):
-        one.wait()
-    profiled = {parse_variant(text) for text in settings.profile}
-    turns.run(
-        reporter,
-        [*others, *steps],
-        ceilings,
-        samples=settings.train_samples,
-        least_seconds=settings.least_seconds,
-        profiled=lambda one: getattr(one, "variant", None) in profiled,
-        save=lambda: save(reporter),
-    )
 
 
 def ours(

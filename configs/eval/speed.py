@@ -2,7 +2,7 @@
 
 Command:  python -m eval.speed --config=configs/eval/speed.py --out=runs/speed
           the comparison of steps with PyTorch: --config=configs/eval/speed.py:step (4 minutes on 16 cores);
-          long rows, least memory, linear peers, memory op: --config=configs/eval/speed.py:long (5 minutes)
+          with the linear models of fla: --config=configs/eval/speed.py:linear
           one part: --config.parts="('train',)"; a few programs: --config.train="('holo@2048 remat=dots',)"
 Hardware: one NVIDIA H100 or H200 (kernels of the extra ``kernels`` on Hopper); :quick runs on a CPU.
 Peers:    PyTorch (and fla) where they are installed in the same environment; else recorded as unavailable.
@@ -20,10 +20,15 @@ _MAIN = (
     "holo@16384 remat=dots unroll=12",
     "attention@16384 remat=dots unroll=12",
     "seed@16384 remat=dots unroll=12",
-    "holo_sum@65536 remat=dots unroll=12",
-    "holo@65536 remat=dots unroll=12",
-    "holo_sum@262144 remat=full chunk=32768",
-    "holo@262144 remat=full chunk=32768",
+)
+# One form at all lengths; rows longer than a step's tokens are one row.
+_LONG = (
+    "holo@16384 remat=full",
+    "holo@65536 remat=full",
+    "holo@262144 remat=full",
+    "holo_sum@16384 remat=full",
+    "holo_sum@65536 remat=full",
+    "holo_sum@262144 remat=full",
 )
 # The least memory at every length: full recomputation; rows longer than that, in pieces of 8,192 tokens.
 _LEAST = (
@@ -51,8 +56,12 @@ _FULL = dict(
         "ssm@2048 remat=dots unroll=12",
         "ssm@16384 remat=dots unroll=12",
         "dual@2048 remat=dots unroll=12",
-        "attention@65536 remat=dots unroll=12",
-        *_LEAST[:-1],
+    ),
+    # Compiled and timed after those that peers are compared with, on half as many samples.
+    train_long=(
+        *_LONG,
+        *_LEAST,
+        "attention@65536 remat=full",
     ),
     profile=(
         "holo_sum@2048 remat=dots unroll=12",
@@ -89,27 +98,20 @@ _VARIANTS = {
     "full": _FULL,
     # What the targets compare; peers and steps of one length are timed in turns.
     "step": dict(
-        parts=("peers", "train"),
-        train=_MAIN[:8],
+        parts=("peers", "train", "memory_op"),
+        train=_MAIN,
+        train_long=(*_LONG[:3], _LEAST[0], _LEAST[-1], *_LONG[3:]),
+        portable_chunks=(),
         profile=(),
         peers=("llama@2048", "seed@2048", "llama@16384", "seed@16384"),
         copy_bytes=2**30,
         workers=12,
     ),
-    "long": dict(
-        parts=("peers", "train", "memory_op"),
-        portable_chunks=(64,),
-        train=(
-            "holo_sum@16384 remat=full",
-            "holo@16384 remat=full",
-            "holo_sum@65536 remat=full",
-            "holo@65536 remat=full",
-            "holo_sum@262144 remat=full",
-            "holo@262144 remat=full",
-            *_LEAST,
-            "ssm@2048 remat=dots",
-            "attention@65536 remat=full",
-        ),
+    # The linear peers of fla, with ours beside them.
+    "linear": dict(
+        parts=("peers", "train"),
+        train=(*_MAIN[:2], *_MAIN[4:6], "ssm@2048 remat=dots", "ssm@16384 remat=dots"),
+        train_long=(),
         profile=(),
         peers=("gla@2048", "gated_deltanet@2048", "gla@16384", "gated_deltanet@16384"),
         copy_bytes=2**30,
@@ -125,7 +127,8 @@ _VARIANTS = {
         hadamard_shape=(1, 128, 1, 64),
         portable_chunks=(64,),
         mixers=("holo@64", "attention@64"),
-        train=("holo@64 remat=dots", "holo_sum@128 remat=full chunk=64", "attention@64"),
+        train=("holo@64 remat=dots", "attention@64"),
+        train_long=("holo_sum@128 remat=full chunk=64",),
         profile=(),
         peers=(),
         decoders=("holo",),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,17 +63,32 @@ def _announce(built: Built) -> None:
 
 
 class Compiler:
-    """Compiles on ``workers`` threads while the main thread traces on; use as a context, or ``close`` it."""
+    """Compiles on ``workers`` threads while the main thread traces on; use as a context.
 
-    def __init__(self, workers: int, progress: Callable[[Built], None] = _announce) -> None:
+    If it is made with ``held``, programs are only traced until ``release``.
+    """
+
+    def __init__(
+        self, workers: int, progress: Callable[[Built], None] = _announce, *, held: bool = False
+    ) -> None:
         self._pool = ThreadPoolExecutor(max(1, workers))
         self._progress = progress
+        self._released = threading.Event()
+        self._closed = False
+        if not held:
+            self.release()
 
     def __enter__(self) -> "Compiler":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._closed = True
+        self.release()
         self._pool.shutdown(cancel_futures=True)
+
+    def release(self) -> None:
+        """Begins to compile what was submitted."""
+        self._released.set()
 
     def submit(self, job: Job) -> Future[Built]:
         """Traces and lowers the job now, and compiles it beside what follows; the future never raises."""
@@ -85,6 +101,9 @@ class Compiler:
             return failed
 
     def _build(self, job: Job, lowered: Any) -> Built:
+        self._released.wait()
+        if self._closed:
+            return Built(job, None, 0.0, "failed", "not compiled: the run ended")
         start = time.perf_counter()
         try:
             program = lowered.compile(compiler_options=job.options)

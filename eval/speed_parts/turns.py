@@ -6,8 +6,6 @@ from typing import Protocol
 from eval.common import Reporter
 from eval.speed_parts.floors import Ceilings
 
-ROUNDS = 2
-
 
 class Timed(Protocol):
     """A train step that can be timed several times and reports once."""
@@ -31,19 +29,23 @@ def run(
     *,
     samples: int,
     least_seconds: float,
+    rounds: int = 2,
     profiled: Callable[[Timed], bool] = lambda _: False,
     save: Callable[[], None] = lambda: None,
 ) -> None:
     """Times all of a length in turns, ``samples`` in all, so that a drift of the card meets all alike.
 
-    Lengths come in the order in which they first appear; each is reported, and saved, before the next begins.
+    Waits first until all have compiled. Lengths come in the order in which they first appear; each is
+    reported, and saved, before the next begins.
     """
+    for one in timed:
+        one.wait()
     for length in dict.fromkeys(one.length for one in timed):
         group = [one for one in timed if one.length == length]
-        for turn in range(ROUNDS):
+        for turn in range(rounds):
             for one in group:
-                last = turn == ROUNDS - 1
-                one.measure(-(-samples // ROUNDS), least_seconds, profiled=last and profiled(one))
+                last = turn == rounds - 1
+                one.measure(-(-samples // rounds), least_seconds, profiled=last and profiled(one))
                 if last:
                     one.report(reporter, ceilings)
                     save()

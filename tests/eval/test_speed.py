@@ -69,7 +69,7 @@ def test_every_full_setting_is_valid():
         dataclasses.replace(full, parts=("flops",))
     # One binding is enough where all models have it.
     outer = dict(parts=("train", "memory_op"), bindings=("outer",))
-    dataclasses.replace(full, train=("holo@2048", "attention@2048"), **outer)
+    dataclasses.replace(full, train=("holo@2048", "attention@2048"), train_long=(), **outer)
     with pytest.raises(ValueError, match="must hold 'hadamard' to time seed"):
         dataclasses.replace(full, train=("holo@2048", "seed@2048"), **outer)
 
@@ -77,6 +77,10 @@ def test_every_full_setting_is_valid():
 def test_failures_are_named():
     assert timing.failure(RuntimeError("RESOURCE_EXHAUSTED: Out of memory"))[0] == "oom"
     assert timing.failure(ValueError("no\nmore")) == ("failed", "ValueError: no")
+    with timing.Compiler(1, lambda _: None, held=True) as compiler:
+        waiting = compiler.submit(timing.Job({}, lambda: jax.jit(jnp.sin).lower(1.0)))
+        assert not waiting.done()
+    assert waiting.cancelled() or "the run ended" in waiting.result().detail
     built = timing.compile_all([timing.Job({"a": 1}, lambda: 1 / 0)], 1, lambda _: None)[0]
     assert built.program is None and built.status == "failed" and "ZeroDivisionError" in built.detail
 
@@ -112,7 +116,7 @@ def test_a_wrong_kernel_gets_no_speeds(monkeypatch, tmp_path):
 
     monkeypatch.setattr(kernels, "accumulate", wrong)
     monkeypatch.setattr(gate, "cases", lambda binding, dtype: [gate.Case(binding, False, 5, False, dtype)])
-    chosen = settings()
+    chosen = settings(train=("attention@64",), train_long=(), layers=1)
     reporter = Reporter("speed", chosen, (0,), out=tmp_path, command="test")
     speed.evaluate(chosen, reporter)
     usable = [backend.name for backend in kernels.available() if backend.usable]
@@ -131,6 +135,7 @@ def test_quick_run(monkeypatch, tmp_path, capsys):
             f"--out={tmp_path}",
             "--config.mixers=('holo@64',)",
             "--config.train=('holo@64 remat=dots',)",
+            "--config.train_long=()",
         ]
     )
     assert code == 0, capsys.readouterr()
@@ -212,6 +217,9 @@ class Fake:
     def __init__(self, name, length, told):
         self.name, self.length, self.told = name, length, told
 
+    def wait(self):
+        self.told.append((self.name, "compiled"))
+
     def measure(self, samples, least_seconds, *, profiled=False):
         if self.length > 64:
             raise KeyboardInterrupt
@@ -235,7 +243,8 @@ def test_what_was_timed_in_turns_outlives_the_run(tmp_path):
             profiled=lambda one: one.name == "own",
             save=reporter.save,
         )
-    assert told == [("peer", 3, False), ("own", 3, False), ("peer", 3, False), ("own", 3, True)]
+    assert told[:3] == [("peer", "compiled"), ("peer", "compiled"), ("own", "compiled")]
+    assert told[3:] == [("peer", 3, False), ("own", 3, False), ("peer", 3, False), ("own", 3, True)]
     kept = Results.read(tmp_path)
     assert [v.where["model"] for v in kept.values] == ["peer", "own"]
     assert any("unfinished" in note for note in kept.notes)
