@@ -64,7 +64,15 @@ def commit() -> str:
 
 def command(module: str, argv: list[str] | None = None) -> str:
     """The command line that repeats this run from the checkout."""
-    return shlex.join(["python", "-m", module, *(sys.argv[1:] if argv is None else argv)])
+    return " ".join(["python", "-m", module, *map(_quote, sys.argv[1:] if argv is None else argv)])
+
+
+def _quote(argument: str) -> str:
+    """Quoted for a shell; tuples of names keep their single quotes and stay readable."""
+    if "'" in argument and not set(argument) & set('"$`\\!'):
+        name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        return f'{name}{equals}"{value}"'
+    return shlex.quote(argument)
 
 
 def now() -> str:

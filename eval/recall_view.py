@@ -7,6 +7,7 @@ from eval.common import cell, markdown_table
 from eval.published import MQAR, MQAR_ATTENTION
 from eval.results import Results, Value
 
+_LEARNED = 0.9
 _BASES = ("attention", "holo", "holo_sum", "ssm", "dual", "seed")
 _VARIANTS = {"_nomlp": "no MLP", "_linear": "linear MLP"}
 _NAMES = {
@@ -58,6 +59,16 @@ def _measured(results: Results) -> list[str]:
     return [v.where["model"] for v in found if v.status == "ok"]
 
 
+def _unlearned(results: Results) -> dict[str, float]:
+    """Models with less than ``_LEARNED`` validation accuracy on the training mix, and their accuracy."""
+    found = {}
+    for name in _measured(results):
+        scores = [v.value for v in results.select("validation_accuracy", model=name) if v.status == "ok"]
+        if scores and max(scores) < _LEARNED:
+            found[name] = max(scores)
+    return found
+
+
 def _tests(results: Results) -> list[tuple[int, int]]:
     return [tuple(t) for t in results.settings["test"]]
 
@@ -88,6 +99,14 @@ def table(results: Results) -> str:
         f"MQAR accuracy ({results.settings['setting']}): mean over {seeds} seeds, 95% interval over seeds",
         markdown_table(head, rows),
     ]
+    late = _unlearned(results)
+    if late:
+        steps = results.settings["grid"]["steps"]
+        named = ", ".join(f"{name} {score:.3f}" for name, score in late.items())
+        parts.append(
+            f"Had not learned the training mix after {steps:,} steps (accuracy on it below {_LEARNED}), so "
+            f"their rows do not show what their state can hold: {named}"
+        )
     others = results.select("accuracy_mean", source="published")
     if others:
         parts += [
@@ -173,12 +192,23 @@ def _by_state(results: Results, theme: str):
         groups.setdefault(family(name), []).append(
             (size, results.one("accuracy_mean", model=name, source=None))
         )
+    late = _unlearned(results)
     for group in sorted(groups, key=_order):
         points = sorted(groups[group], key=lambda p: p[0])
         label = f"{_name(group)}, ours"
         if group.startswith("attention"):
             label += " (cache grows)"
         values = [v for _, v in points]
+        unlearned = [(size, v.value) for size, v in points if v.where["model"] in late]
+        if unlearned:
+            axis.plot(
+                *zip(*unlearned, strict=True),
+                ls="none",
+                marker="o",
+                ms=15,
+                mfc="none",
+                color=plots.muted(theme),
+            )
         axis.errorbar(
             [s for s, _ in points],
             [v.value for v in values],
@@ -186,6 +216,17 @@ def _by_state(results: Results, theme: str):
             capsize=3,
             label=label,
             **_look(group),
+        )
+    if late:
+        axis.plot(
+            [],
+            [],
+            ls="none",
+            marker="o",
+            ms=11,
+            mfc="none",
+            color=plots.muted(theme),
+            label="training task not learned",
         )
     axis.axhline(MQAR_ATTENTION, color=plots.muted(theme), lw=0.8)
     sizes = [v.value for v in results.select("state_bytes")]

@@ -17,7 +17,7 @@ from typing import Any
 
 from eval import provenance
 from eval.common import check_out, refuse
-from eval.report_page import page
+from eval.report_page import counted, page
 from eval.results import FILENAME, Results, write_atomically
 from train.metrics import METRICS_FILE, iterate_rows
 
@@ -185,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command=provenance.command("eval.report", arguments),
     )
     write_atomically(out, text)
-    print(f"{out}: {len(runs)} training runs, {len(evaluations)} evaluations, {len(text) / 2**20:.1f} MiB")
+    found = f"{counted(runs, 'training run')}, {counted(evaluations, 'evaluation')}"
+    print(f"{out}: {found}, {len(text) / 2**20:.1f} MiB")
     return 0
 
 

@@ -10,11 +10,13 @@ from eval import plots
 from eval.common import cell
 from eval.registry import VIEWS, view_of
 
+_LONG = 48  # rows of tables that are folded away under a plot
+
 _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2430; --muted: #667085; --line: #e4e7ec;
-  --soft: #f6f7f9; --accent: #0072b2; --bad: #b42318; }
+  --soft: #f6f7f9; --shade: #c3c9d4; --accent: #0072b2; --bad: #b42318; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171d; --ink: #e7e9ee; --muted: #9aa3b2;
-  --line: #323844; --soft: #1b1f27; --accent: #6cb6e8; --bad: #f97066; } }
+  --line: #323844; --soft: #1b1f27; --shade: #4a5364; --accent: #6cb6e8; --bad: #f97066; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; background: var(--paper);
   color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -28,7 +30,9 @@ nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3re
 .note { border-left: 3px solid var(--accent); background: var(--soft); padding: .45rem .8rem;
   font-size: .92rem; }
 .bad { border-left-color: var(--bad); }
-.scroll { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--line); border-radius: 8px; }
+.scroll { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--line); border-radius: 8px;
+  background: linear-gradient(to left, var(--paper) 40%, transparent) right / 3rem 100% no-repeat local,
+    linear-gradient(to left, var(--shade), transparent) right / 1.1rem 100% no-repeat scroll; }
 .scroll table { border-collapse: collapse; width: 100%; font-size: .88rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .38rem .7rem; text-align: right; white-space: nowrap;
@@ -39,8 +43,15 @@ tr:last-child td { border-bottom: 0; }
 figure { margin: 1rem 0; overflow-x: auto; } figure img { display: block; max-width: 100%; height: auto; }
 details { margin: .5rem 0; } summary { cursor: pointer; color: var(--accent); }
 @media (max-width: 48rem) { body { padding: 1rem .9rem 3rem; font-size: 15px; }
-  figure img { max-width: none; width: var(--phone); } }
+  figure img { max-width: none; width: var(--phone); }
+  figure.wide::before { content: "wider than the screen: scroll it sideways"; position: sticky; left: 0;
+    color: var(--muted); font-size: .8rem; } }
 """
+
+
+def counted(things: Sequence, name: str) -> str:
+    """How many there are, in words."""
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -77,9 +88,10 @@ def picture(draw: Callable[[str], Figure], description: str) -> str:
         sources[theme] = f"data:image/svg+xml;base64,{data}"
     # On a phone a wide plot keeps a readable size and scrolls.
     phone = max(340, int(width * 62))
+    wide = " class=wide" if phone > 400 else ""
     words = html.escape(description, quote=True)
     return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{sources["dark"]}">'
+        f'<figure{wide}><picture><source media="(prefers-color-scheme: dark)" srcset="{sources["dark"]}">'
         f'<img src="{sources["light"]}" alt="{words}" style="--phone: {phone}px"></picture></figure>'
     )
 
@@ -136,7 +148,8 @@ def page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>holo-jax report</title><style>{_STYLE}</style></head><body>"
-        f"<h1>holo-jax report</h1><p class=meta>{len(runs)} training runs, {len(evaluations)} evaluations. "
+        f"<h1>holo-jax report</h1><p class=meta>{counted(runs, 'training run')}, "
+        f"{counted(evaluations, 'evaluation')}. "
         f"Made {html.escape(made)} by <code>{html.escape(command)}</code></p>"
         f"<nav><ul>{links}</ul></nav>{body}</body></html>\n"
     )
@@ -190,8 +203,9 @@ def _evaluation(evaluation) -> str:
     parts = [
         f"<p class=meta>{html.escape(str(device.get('kind')))}, {html.escape(results.started)}, "
         f"{results.seconds:,.0f} s, commit <code>{html.escape(results.commit)}</code>, "
-        f"jax {html.escape(str(results.versions.get('jax')))}<br>"
-        f"<code>{html.escape(results.command)}</code></p>"
+        f"jax {html.escape(str(results.versions.get('jax')))}"
+        + "".join(f"<br><code>{html.escape(line)}</code>" for line in results.command.split(" && "))
+        + "</p>"
     ]
     for note in results.notes:
         kind = "note bad" if note.startswith(("FAILED", "unfinished")) else "note"
@@ -201,7 +215,11 @@ def _evaluation(evaluation) -> str:
         for stem in view.figures(results, "light"):
             draw = lambda theme, stem=stem: view.figures(results, theme)[stem]  # noqa: E731
             parts.append(picture(draw, f"{results.evaluation}: {stem}"))
-        parts.append(markdown(view.table(results)))
+        tables = markdown(view.table(results))
+        rows = tables.count("<tr>")
+        if rows > _LONG and any("<figure" in part for part in parts):
+            tables = f"<details><summary>Tables, {rows} rows</summary>{tables}</details>"
+        parts.append(tables)
     else:
         rows = [
             [v.metric, ", ".join(f"{k} {w}" for k, w in v.where.items()), cell(v)] for v in results.values

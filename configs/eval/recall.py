@@ -62,6 +62,7 @@ _VARIANTS = {
         test_batch=16,
         power=0.01,
         random_non_queries=True,
+        mean_over="sequences",  # of the loss, or "queries"
         grid=dict(
             seeds=(0, 1, 2),
             rates=(1e-3, 3e-3, 1e-2),
