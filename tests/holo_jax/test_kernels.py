@@ -7,8 +7,10 @@ import pytest
 
 from holo_jax import kernels
 from holo_jax.functional import MemoryState, accumulate
-from holo_jax.kernels import BackendUnavailableError, hopper
+from holo_jax.kernels import BackendUnavailableError, hopper, triton
 from holo_jax.kernels.call import Call, total_writes
+from holo_jax.kernels.linear_cross_entropy import unsupported as loss_unsupported
+from holo_jax.kernels.swiglu import unsupported as swiglu_unsupported
 
 B, T, H, M, D = 2, 129, 2, 32, 64
 
@@ -127,6 +129,21 @@ def test_hopper_is_chosen_only_for_what_it_supports(monkeypatch, change, reason)
     assert kernels.choose(call) != "hopper"
     with pytest.raises(BackendUnavailableError, match=reason):
         kernels.choose(call, "hopper")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
+def test_what_ampere_and_ada_run(monkeypatch, capability):
+    """The elementwise memory by our kernel; the outer one, denoiser and loss as products of XLA."""
+    hopper_present(monkeypatch, capability)
+    monkeypatch.setattr(triton, "compute_capability", lambda: capability)
+    monkeypatch.setattr(triton, "partitioned", lambda: False)
+    phases, _, values, gates, erase, *_ = arguments(jnp.bfloat16)
+    assert kernels.choose(Call(phases, phases, values, gates, erase, "outer")) == "portable"
+    wide = jnp.zeros(values.shape, jnp.float32)
+    assert kernels.choose(Call(wide, wide, values, gates, None, "hadamard")) == "triton"
+    x, matrix = jnp.zeros((2, 64, 256), jnp.bfloat16), jnp.zeros((256, 512))
+    assert "Hopper" in swiglu_unsupported(x, matrix)
+    assert "Hopper" in loss_unsupported(x, matrix, "float32")
 
 
 def test_less_than_a_chunk_stays_portable_unless_asked_for(monkeypatch):
