@@ -95,10 +95,9 @@ class PhasorSum(nn.Module):
         t = x.shape[1]
         time = torch.arange(t, device=x.device, dtype=torch.float32)
         phases = time[:, None] * self.frequencies
-        # Two real sums: the compiler generates no code for complex numbers.
-        cos, sin, values = phases.cos(), phases.sin(), self.values(x).float()
-        real, imag = torch.cumsum(values * cos, dim=1), torch.cumsum(values * sin, dim=1)
-        read = (real * cos + imag * sin) / torch.sqrt(time + 1)[:, None]
+        phasors = torch.polar(torch.ones_like(phases), phases)
+        memory = torch.cumsum(self.values(x).float() * phasors, dim=1)
+        read = (memory * phasors.conj()).real / torch.sqrt(time + 1)[:, None]
         return self.out(read.to(x.dtype))
 
 
