@@ -4,7 +4,7 @@ Command:  python -m eval.recall --config=configs/eval/recall.py --out=runs/recal
           (some models only: --config.select="('attention','holo_4k')"; join runs: python -m eval.merge)
           python -m eval.recall --config=configs/eval/recall.py:zoology --out=runs/recall_zoology
           python -m eval.recall --config=configs/eval/recall.py:denoiser --out=runs/recall_denoiser
-Hardware: one GPU (full, zoology); 2 CPU cores (quick, about 1 minute; denoiser, with and without the MLP).
+Hardware: one GPU (full, zoology, denoiser: with and without the MLP); 2 CPU cores (quick, about 1 minute).
 Expect:   attention 1.0 everywhere, or the harness is wrong (exit code 1).
 
 The full variant is the later published setting (trained on 64 to 256 tokens with 4 to 64 pairs, tested to
@@ -144,6 +144,7 @@ _VARIANTS = {
             head_dim=32,
             memory_backend="portable",
             phase_scale=2.0,
+            tie_embeddings=True,
         ),
         storage="float32",
         train=((64, 8, 64),),
@@ -154,14 +155,14 @@ _VARIANTS = {
         test_rows=64,
         test_batch=64,
         grid=dict(
-            seeds=(0,),
-            rates=(3e-3,),
-            steps=160,
+            seeds=(0, 1, 2),
+            rates=(3e-3, 1e-2),
+            steps=600,
             warmup=0.1,
             weight_decay=0.1,
             clip=1.0,
             b2=0.98,
-            log_every=80,
+            log_every=100,
         ),
         control_from=0.95,
         published=False,
