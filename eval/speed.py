@@ -146,8 +146,11 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         Compiler(settings.workers, held=True) as later,
     ):
         # All compile at the same time, the longest first; nothing is timed before all of them have.
+        inits: dict = {}
         steps, long_steps = (
-            train_step.start([parse_variant(text) for text in texts if training], size, settings.tokens, by)
+            train_step.start(
+                [parse_variant(text) for text in texts if training], size, settings.tokens, by, inits
+            )
             for texts, by in ((settings.train, compiler), (settings.train_long, later))
         )
         tests = gate.Gate(usable, seed=settings.seed, compiler=compiler)

@@ -93,7 +93,7 @@ class Step:
     def __init__(
         self, variant: Variant, size: Size, tokens: int, compiler: Compiler, inits: dict[str, Future[Built]]
     ) -> None:
-        """Begins to compile it, and the drawing of parameters if ``inits`` lacks that of its model."""
+        """Begins to compile it, and the drawing of parameters if ``inits`` lacks that of their tree."""
         self.variant, self.length = variant, variant.length
         self.config = variant.config(size)
         self.shape = (variant.batch(tokens), variant.length)
@@ -103,12 +103,13 @@ class Step:
         where = {"part": "train", **variant.where}
         lower = lambda: jax.jit(step, donate_argnums=0).lower(state, inputs)  # noqa: E731
         self._step = compiler.submit(Job(where, lower, variant.options))
-        if variant.model not in inits:
+        tree = f"{variant.model} {state}"
+        if tree not in inits:
             job = Job(
                 {"part": "parameters", "model": variant.model}, lambda: jax.jit(init).lower(jax.random.key(0))
             )
-            inits[variant.model] = compiler.submit(job)
-        self._init = inits[variant.model]
+            inits[tree] = compiler.submit(job)
+        self._init = inits[tree]
         self._seconds: list[float] = []
         self._kernels: list[Value] = []
         self._loss = 0.0
@@ -180,7 +181,12 @@ class Step:
         say(f"{self.variant.model}@{self.length}: {rate.value:.0f} tokens/s")
 
 
-def start(variants: Sequence[Variant], size: Size, tokens: int, compiler: Compiler) -> list[Step]:
-    """The steps of all variants, compiling."""
-    inits: dict[str, Future[Built]] = {}
+def start(
+    variants: Sequence[Variant],
+    size: Size,
+    tokens: int,
+    compiler: Compiler,
+    inits: dict[str, Future[Built]],
+) -> list[Step]:
+    """The steps of all variants, compiling; ``inits`` collects the programs that draw parameters."""
     return [Step(variant, size, tokens, compiler, inits) for variant in variants]
