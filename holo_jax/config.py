@@ -15,7 +15,7 @@ Norm = Literal["rmsnorm", "layernorm"]
 Mlp = Literal["swiglu", "gelu", "linear", "none"]
 Remat = Literal["none", "dots", "full"]
 Frequencies = Literal["uniform", "normal", "multiscale"]
-Backend = Literal["auto", "portable", "products", "norms", "mixer", "fused"]
+Backend = Literal["auto", "portable", "products", "norms", "mixer"]
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "mixer": get_args(Mixer),
@@ -96,7 +96,7 @@ class HoloConfig:
         ``auto`` for models under ``jax.vmap``.
       block_backend: what a block may use beside a memory that may use kernels without ``vmap``: ``products``,
         kernels of denoiser and loss; ``norms`` or ``mixer``, also those around norms, or around the memory;
-        ``fused``, all; ``auto``, what has been proven on hardware; ``portable``, none.
+        ``auto``, all, as they have been proven on hardware; ``portable``, none.
       chunk_size: tokens a chunk of the memory; 0 lets the form choose.
       loss_chunk: tokens whose logits exist at one time in the loss.
       precision: dtypes by role.

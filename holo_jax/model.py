@@ -86,28 +86,42 @@ class Block(nnx.Module):
             self.mlp_norm = Normalization(config, (e,), ("embed",))
             self.mlp = Denoiser(config, rngs=rngs)
         self.has_mlp = config.mlp != "none"
+        # What recomputes whole blocks keeps what they are given: one array then, not two.
+        self.defers = config.remat != "full"
 
-    def __call__(self, x: Array, context: Context, turns: Array | None, state: Any) -> tuple[Array, Any]:
-        """One block on [b, t, e]; the state of its mixer in and out."""
-        x, mixed, state = self._mix(x, context, turns, state)
+    def __call__(
+        self, x: Array, pending: Array | None, context: Context, turns: Array | None, state: Any
+    ) -> tuple[Array, Array | None, Any]:
+        """One block on [b, t, e]; the state of its mixer in and out.
+
+        ``pending`` is what the block before still has to add to x: where kernels norm, they also add.
+        """
+        fused = state is None and self.mixer_norm.fuses(x)
+        if pending is not None and not fused:
+            x, pending = constrain(x + pending, "b t _"), None
+        x, mixed, state = self._mix(x, pending, context, turns, state)
         if not self.has_mlp:
-            return constrain(x + mixed, "b t _"), state
-        if state is None and self.mlp_norm.fuses(x):
-            x, cleaned = self.mlp.after(self.mlp_norm, x, mixed)
+            added = mixed
+        elif fused:
+            x, added = self.mlp.after(self.mlp_norm, x, mixed)
         else:
             x = constrain(x + mixed, "b t _")
-            cleaned = self.mlp(self.mlp_norm(x))
-        return constrain(x + cleaned, "b t _"), state
+            added = self.mlp(self.mlp_norm(x))
+        if fused and self.defers:
+            return x, added, state
+        return constrain(x + added, "b t _"), None, state
 
-    def _mix(self, x: Array, context: Context, turns: Array | None, state: Any) -> tuple[Array, Array, Any]:
-        """(x, mixer(norm(x)), state after it); without a state by fewer passes where kernels allow it."""
+    def _mix(
+        self, x: Array, pending: Array | None, context: Context, turns: Array | None, state: Any
+    ) -> tuple[Array, Array, Any]:
+        """(x + pending, mixer of its norm, state after it); by fewer passes where kernels allow it."""
         mixer, norm = self.mixer, self.mixer_norm
         if state is not None:
             return x, *mixer(norm(x), context, turns, state)
         if isinstance(mixer, MemoryMixer) and fused_memory.unsupported(mixer, x, context) is None:
-            return *fused_memory.after_norm(mixer, norm, x, context), None
+            return *fused_memory.after_norm(mixer, norm, x, pending, context), None
         if norm.fuses(x):
-            x, maps = normed_project(norm, mixer, x, None, mixer.maps)
+            x, maps = normed_project(norm, mixer, x, pending, mixer.maps)
             return x, *mixer.of_maps(maps, context, turns, None)
         return x, *mixer(norm(x), context, turns, None)
 
@@ -119,15 +133,21 @@ class Period(nnx.Module):
         self.blocks = nnx.List([Block(config, kind, rngs=rngs) for kind in config.layer_kinds])
 
     def __call__(
-        self, x: Array, context: Context, turns: Array | None, states: tuple[Any, ...] | None
-    ) -> tuple[Array, tuple[Any, ...] | None]:
-        """Runs the blocks in order; ``turns`` is [k, h, m]."""
+        self,
+        x: Array,
+        pending: Array | None,
+        context: Context,
+        turns: Array | None,
+        states: tuple[Any, ...] | None,
+    ) -> tuple[Array, Array | None, tuple[Any, ...] | None]:
+        """Runs the blocks in order; ``turns`` is [k, h, m], ``pending`` as in ``Block``."""
         after = []
         for index, block in enumerate(self.blocks):
             own_turns = None if turns is None else turns[index]
-            x, state = block(x, context, own_turns, None if states is None else states[index])
+            state = None if states is None else states[index]
+            x, pending, state = block(x, pending, context, own_turns, state)
             after.append(state)
-        return x, None if states is None else tuple(after)
+        return x, pending, None if states is None else tuple(after)
 
 
 class HoloModel(nnx.Module):
@@ -184,25 +204,31 @@ class HoloModel(nnx.Module):
     def _scanned(self, x: Array, context: Context, turns: Array | None, layers: Any) -> tuple[Array, Any]:
         config = self.config
 
-        def body(x: Array, xs: tuple[Period, Array | None, Any]) -> tuple[Array, Any]:
+        def body(carried: tuple[Array, Array | None], xs: tuple[Period, Array | None, Any]) -> Any:
             period, own_turns, states = xs
-            return period(x, context, own_turns, states)
+            *carried, states = period(*carried, context, own_turns, states)
+            return tuple(carried), states
 
-        return jax.lax.scan(
+        # Every iteration carries the same arrays, so the first one has something to add as well.
+        deferred = layers is None and config.remat != "full" and self.norm.fuses(x)
+        pending = jnp.zeros_like(x) if deferred else None
+        (x, pending), layers = jax.lax.scan(
             _remat(body, config.remat, unrolled=config.scan_unroll >= config.num_periods),
-            x,
+            (x, pending),
             (self.periods, turns, layers),
             unroll=min(config.scan_unroll, config.num_periods),
         )
+        return x if pending is None else x + pending, layers
 
     def _in_turn(self, x: Array, context: Context, turns: Array | None, layers: Any) -> tuple[Array, Any]:
         periods: Any = self.periods
-        after = []
+        after, pending = [], None
         for index, period in enumerate(periods):
             own_turns = None if turns is None else turns[index]
-            x, states = period(x, context, own_turns, None if layers is None else layers[index])
+            states = None if layers is None else layers[index]
+            x, pending, states = period(x, pending, context, own_turns, states)
             after.append(states)
-        return x, None if layers is None else tuple(after)
+        return x if pending is None else x + pending, None if layers is None else tuple(after)
 
 
 class HoloForCausalLM(nnx.Module):

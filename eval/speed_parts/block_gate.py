@@ -131,6 +131,50 @@ def normed_denoiser_case(rng: np.random.Generator) -> tuple[Callable, Callable, 
     return measured, wanted, inputs
 
 
+def normed_gelu_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
+    """The same with a GELU behind a bias, and LayerNorm."""
+    shape = (2, _ROWS // 2, _WIDTH)
+    inputs = {"x": rng.normal(size=shape), "delta": rng.normal(size=shape)}
+    inputs |= {name: rng.normal(size=_WIDTH) for name in ("scale", "bias")}
+    inputs |= {
+        "up": rng.normal(size=(_WIDTH, _HIDDEN)) / np.sqrt(_WIDTH),
+        "up_bias": rng.normal(size=_HIDDEN),
+    }
+    inputs["down"] = rng.normal(size=(_HIDDEN, _WIDTH)) / np.sqrt(_HIDDEN)
+    cotangents = [_rounded(rng.normal(size=shape)) for _ in range(2)]
+    names = ("scale", "bias", "up", "up_bias", "down")
+
+    def measured(p: dict) -> Any:
+        x, delta = (p[name].astype(jnp.bfloat16) for name in ("x", "delta"))
+        found = block.normed_gelu(x, delta, *(p[name] for name in names), eps=1e-5)
+        return _weighted(found, cotangents), jnp.concatenate(found, axis=-1)
+
+    def wanted(p: dict) -> Any:
+        total = p["x"] + p["delta"]
+        rows = _norm(total, p["scale"], p["bias"]) @ p["up"] + p["up_bias"][None, None]
+        found = (total, jax.nn.gelu(rows, approximate=False) @ p["down"])
+        return _weighted(found, cotangents), jnp.concatenate(found, axis=-1)
+
+    return measured, wanted, inputs
+
+
+def factors_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
+    """Values times a factor a head."""
+    shape = (2, _ROWS // 2, 4, 64)
+    inputs = {"values": rng.normal(size=shape), "factors": rng.uniform(0.5, 2.0, size=shape[:3])}
+    cotangent = _rounded(rng.normal(size=shape))
+
+    def measured(p: dict) -> Any:
+        y = block.scaled_heads(p["values"].astype(jnp.bfloat16), p["factors"])
+        return _weighted((y,), (cotangent,)), y
+
+    def wanted(p: dict) -> Any:
+        y = p["values"] * p["factors"][..., None]
+        return _weighted((y,), (cotangent,)), y
+
+    return measured, wanted, inputs
+
+
 def retrieval_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
     """Norm and gate of a retrieval, and the output map."""
     heads, width = 4, 64
@@ -183,10 +227,11 @@ def cases() -> dict[str, Callable]:
     rows = jax.ShapeDtypeStruct((2, _ROWS // 2, _WIDTH), jnp.bfloat16)
     if block.unsupported(rows) is None:
         found |= {"norm": norm_case, "centered norm": centered_norm_case}
-        if swiglu_runs(rows, jax.ShapeDtypeStruct((_WIDTH, _HIDDEN), jnp.float32), "fused"):
+        found["normed gelu"] = normed_gelu_case
+        if swiglu_runs(rows, jax.ShapeDtypeStruct((_WIDTH, _HIDDEN), jnp.float32), "auto"):
             found["normed denoiser"] = normed_denoiser_case
     if block.mixer_unsupported(rows, 32, 64) is None:
-        found |= {"retrieval": retrieval_case, "features": features_case}
+        found |= {"retrieval": retrieval_case, "features": features_case, "factors": factors_case}
     return found
 
 

@@ -9,14 +9,13 @@ Every function works on NVIDIA GPUs from Ampere on and in Pallas' interpreter el
 where it does not.
 """
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Float, Int
-from holo_jax.kernels import triton, triton_gated_norm, triton_norm, triton_phases
+from holo_jax.kernels import triton, triton_gated_norm, triton_gelu, triton_norm, triton_phases
 from holo_jax.kernels.capability import compute_capability, partitioned
 from holo_jax.kernels.triton_norm import Norm
 from holo_jax.kernels.triton_phases import Walk
@@ -24,11 +23,10 @@ from holo_jax.kernels.triton_phases import Walk
 # What each value of ``block_backend`` may use. "products" are denoiser and loss by jax-linear-attention.
 _USES = {
     "portable": (),
-    "auto": ("products",),
+    "auto": ("products", "norms", "mixer"),
     "products": ("products",),
     "norms": ("products", "norms"),
     "mixer": ("products", "mixer"),
-    "fused": ("products", "norms", "mixer"),
 }
 _TOKENS = 64
 _WIDTHS = (128, 256, 512, 1024, 2048, 4096)
@@ -75,6 +73,14 @@ def _interpreted() -> bool:
     return compute_capability() is None
 
 
+def _op(run: Any) -> Any:
+    """``run`` with a gradient of its own, whose forward rule has to call ``run`` itself.
+
+    Inside of another such call kernels and products would be hidden from a rematerialisation policy.
+    """
+    return jax.custom_vjp(run, nondiff_argnums=(0,))
+
+
 def _product(x: Array, weight: Array, dtype: Any) -> Array:
     """``[n, i] @ [i, o]``, operands in the dtype of x."""
     return jnp.matmul(x, weight.astype(x.dtype), preferred_element_type=dtype)
@@ -101,13 +107,12 @@ def normed(
     return _normed(norm, x.reshape(-1, x.shape[-1]), scale, bias).reshape(x.shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normed(norm: Norm, x: Array, scale: Array, bias: Array | None) -> Array:
+def _normed_run(norm: Norm, x: Array, scale: Array, bias: Array | None) -> Array:
     return triton_norm.forward(norm, x, None, scale, bias)[1]
 
 
 def _normed_forward(norm: Norm, x: Array, scale: Array, bias: Array | None) -> tuple[Array, Any]:
-    return _normed(norm, x, scale, bias), (x, scale, bias)
+    return _normed_run(norm, x, scale, bias), (x, scale, bias)
 
 
 def _normed_backward(norm: Norm, saved: Any, cotangent: Array) -> Any:
@@ -116,6 +121,7 @@ def _normed_backward(norm: Norm, saved: Any, cotangent: Array) -> Any:
     return d_x, *_like(rest, (scale, bias))
 
 
+_normed = _op(_normed_run)
 _normed.defvjp(_normed_forward, _normed_backward)
 
 
@@ -150,15 +156,14 @@ def normed_products(
     return total.reshape(x.shape), tuple(y.reshape(*lead, -1) for y in products)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normed_products(static: Any, x: Any, delta: Any, scale: Any, bias: Any, weights: Any) -> Any:
+def _normed_products_run(static: Any, x: Any, delta: Any, scale: Any, bias: Any, weights: Any) -> Any:
     norm, dtypes = static
     total, rows = triton_norm.forward(norm, x, delta, scale, bias)
     return total, tuple(_product(rows, w, dtype) for w, dtype in zip(weights, dtypes, strict=True))
 
 
 def _normed_products_forward(static: Any, x: Any, delta: Any, scale: Any, bias: Any, weights: Any) -> Any:
-    total, products = _normed_products(static, x, delta, scale, bias, weights)
+    total, products = _normed_products_run(static, x, delta, scale, bias, weights)
     return (total, products), (total, delta is None, scale, bias, weights)
 
 
@@ -174,6 +179,7 @@ def _normed_products_backward(static: Any, saved: Any, cotangents: Any) -> Any:
     return d_x, None if alone else d_x, *_like(rest, (scale, bias)), d_weights
 
 
+_normed_products = _op(_normed_products_run)
 _normed_products.defvjp(_normed_products_forward, _normed_products_backward)
 
 
@@ -201,8 +207,7 @@ def _joined(gate: Array, up: Array, dtype: Any) -> Array:
     return fused_gemm.interleave(jnp.stack([gate, up], axis=1).astype(dtype))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _normed_swiglu(
+def _normed_swiglu_run(
     norm: Any, x: Any, delta: Any, scale: Any, bias: Any, gate: Any, up: Any, down: Any
 ) -> Any:
     return _normed_swiglu_forward(norm, x, delta, scale, bias, gate, up, down)[0]
@@ -234,6 +239,7 @@ def _normed_swiglu_backward(norm: Any, saved: Any, cotangents: Any) -> Any:
     return d_x, d_x, *_like(rest, (scale, bias)), d_gate, d_up, _of_weight(hidden, d_y, down)
 
 
+_normed_swiglu = _op(_normed_swiglu_run)
 _normed_swiglu.defvjp(_normed_swiglu_forward, _normed_swiglu_backward)
 
 
@@ -263,14 +269,13 @@ def gated_product(
     return _gated_product(Norm(eps, False, _interpreted()), inputs, out).reshape(b, t, -1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated_product(norm: Norm, inputs: dict[str, Array], out: Array) -> Array:
+def _gated_product_run(norm: Norm, inputs: dict[str, Array], out: Array) -> Array:
     gated = triton_gated_norm.forward(norm, inputs)
     return _product(gated, out, gated.dtype)
 
 
 def _gated_product_forward(norm: Norm, inputs: dict[str, Array], out: Array) -> tuple[Array, Any]:
-    return _gated_product(norm, inputs, out), (inputs, out)
+    return _gated_product_run(norm, inputs, out), (inputs, out)
 
 
 def _gated_product_backward(norm: Norm, saved: Any, cotangent: Array) -> Any:
@@ -280,7 +285,87 @@ def _gated_product_backward(norm: Norm, saved: Any, cotangent: Array) -> Any:
     return d_inputs, _of_weight(found["gated"], cotangent, out)
 
 
+_gated_product = _op(_gated_product_run)
 _gated_product.defvjp(_gated_product_forward, _gated_product_backward)
+
+
+def scaled_heads(values: Float[Array, "b t h d"], factors: Float[Array, "b t h"]) -> Float[Array, "b t h d"]:
+    """Values times one float32 factor a head, in the dtype of the values; one pass for both gradients.
+
+    The product itself is left to the compiler, so that a rematerialised block makes it again.
+    """
+    return _scaled_heads(_interpreted(), values, factors)
+
+
+def _scaled_heads_run(interpret: bool, values: Array, factors: Array) -> Array:
+    del interpret
+    return (values.astype(jnp.float32) * factors[..., None]).astype(values.dtype)
+
+
+def _scaled_heads_forward(interpret: bool, values: Array, factors: Array) -> tuple[Array, Any]:
+    return _scaled_heads_run(interpret, values, factors), (values, factors)
+
+
+def _scaled_heads_backward(interpret: bool, saved: Any, cotangent: Array) -> Any:
+    values, factors = saved
+    tokens = factors.shape[0] * factors.shape[1]
+    wide = (x.reshape(tokens, -1) for x in (values, factors, cotangent))
+    d_values, d_factors = triton_gated_norm.scale_backward(*wide, interpret=interpret)
+    return d_values.reshape(values.shape), d_factors.reshape(factors.shape)
+
+
+_scaled_heads = _op(_scaled_heads_run)
+_scaled_heads.defvjp(_scaled_heads_forward, _scaled_heads_backward)
+
+
+def normed_gelu(
+    x: Float[Array, "b t e"],
+    delta: Float[Array, "b t e"] | None,
+    scale: Float[Array, "e"],
+    bias: Float[Array, "e"] | None,
+    up: Float[Array, "e f"],
+    up_bias: Float[Array, "f"],
+    down: Float[Array, "f e"],
+    *,
+    eps: float,
+) -> tuple[Float[Array, "b t e"], Float[Array, "b t e"]]:
+    """``x + delta``, and ``gelu(norm(x + delta) up + up_bias) down``."""
+    norm = Norm(eps, bias is not None, _interpreted())
+    rows = [None if a is None else a.reshape(-1, a.shape[-1]) for a in (x, delta)]
+    total, y = _normed_gelu(norm, *rows, scale, bias, up, up_bias, down)
+    return total.reshape(x.shape), y.reshape(x.shape)
+
+
+def _normed_gelu_run(norm: Any, *arguments: Any) -> Any:
+    return _normed_gelu_forward(norm, *arguments)[0]
+
+
+def _normed_gelu_forward(
+    norm: Any, x: Any, delta: Any, scale: Any, bias: Any, up: Any, up_bias: Any, down: Any
+) -> Any:
+    total, rows = triton_norm.forward(norm, x, delta, scale, bias)
+    inputs = _product(rows, up, x.dtype)
+    hidden = triton_gelu.forward(inputs, up_bias, interpret=norm.interpret)
+    saved = (total, inputs, delta is None, scale, bias, up, up_bias, down)
+    return (total, _product(hidden, down, x.dtype)), saved
+
+
+def _normed_gelu_backward(norm: Any, saved: Any, cotangents: Any) -> Any:
+    total, inputs, alone, scale, bias, up, up_bias, down = saved
+    d_total, d_y = cotangents
+    d_hidden = _back(d_y, down, total.dtype)
+    d_inputs, hidden, d_up_bias = triton_gelu.backward(inputs, up_bias, d_hidden, interpret=norm.interpret)
+    part = _back(d_inputs, up, total.dtype)
+    d_x, rows, *rest = triton_norm.backward(norm, total, d_total, (part,), scale, bias, again=True)
+    assert rows is not None
+    d_down = _of_weight(hidden, d_y, down)
+    d_up = _of_weight(rows, d_inputs, up)
+    d_up_bias = d_up_bias.astype(up_bias.dtype)
+    return d_x, None if alone else d_x, *_like(rest, (scale, bias)), d_up, d_up_bias, d_down
+
+
+_normed_gelu = _op(_normed_gelu_run)
+_normed_gelu.defvjp(_normed_gelu_forward, _normed_gelu_backward)
 
 
 def convolved_features(
@@ -311,14 +396,15 @@ def convolved_features(
     return tuple(x.reshape(b, t, -1, 2 * m) for x in found)  # type: ignore[return-value]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _convolved_features(static: Any, raw: Array, taps: Array, inside: Array | None) -> tuple[Array, Array]:
+def _convolved_features_run(
+    static: Any, raw: Array, taps: Array, inside: Array | None
+) -> tuple[Array, Array]:
     walk, dtype = static
     return triton_phases.forward(walk, raw, taps, inside, dtype)
 
 
 def _convolved_features_forward(static: Any, raw: Array, taps: Array, inside: Array | None) -> Any:
-    return _convolved_features(static, raw, taps, inside), (raw, taps, inside)
+    return _convolved_features_run(static, raw, taps, inside), (raw, taps, inside)
 
 
 def _convolved_features_backward(static: Any, saved: Any, cotangents: Any) -> Any:
@@ -328,4 +414,5 @@ def _convolved_features_backward(static: Any, saved: Any, cotangents: Any) -> An
     return jnp.pad(d_raw.astype(raw.dtype), ((0, 0), (0, 0), (0, beyond))), d_taps, None
 
 
+_convolved_features = _op(_convolved_features_run)
 _convolved_features.defvjp(_convolved_features_forward, _convolved_features_backward)

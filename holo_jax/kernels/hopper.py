@@ -14,6 +14,7 @@ residue is zero.
 Source: https://github.com/jla-org/jax-linear-attention (Apache-2.0), version 0.1.0.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -95,12 +96,19 @@ def accumulate(
 
 
 def accumulate_features(
-    keys: Array, queries: Array, call: Call, *, rule: str = "deltanet", implementation: str = "mosaic_gpu"
+    keys: Array,
+    queries: Array,
+    call: Call,
+    *,
+    rule: str = "deltanet",
+    implementation: str = "mosaic_gpu",
+    scaled: Callable[[Array, Array], Array] | None = None,
 ) -> tuple[Array, MemoryState]:
     """``accumulate`` given the features ``[b, t, h, 2 m]`` of its phases, which are not read themselves.
 
-    Outputs have the dtype of the values.
+    Outputs have the dtype of the values. ``scaled`` multiplies values by a factor a head; plain JAX if None.
     """
+    scaled = scaled or _scaled
     from jla.ops import linear_attention
 
     b, t, h, _ = call.values.shape
@@ -112,7 +120,7 @@ def accumulate_features(
         options["initial_state"] = jnp.concatenate([held.real, held.imag], axis=-2)
     gates = jnp.ones((b, t, h), jnp.float32) if call.gates is None else call.gates.astype(jnp.float32)
     if call.erase is None:
-        values = call.values if call.gates is None else _scaled(call.values, gates)
+        values = call.values if call.gates is None else scaled(call.values, gates)
         outputs, state = _sum(queries, keys, values, implementation, options)
     elif rule == "gdn2":
         outputs, state = linear_attention(
@@ -127,7 +135,7 @@ def accumulate_features(
         )
     else:
         strength = raised(call.erase.astype(jnp.float32), gates)
-        values = _scaled(call.values, gates / strength)
+        values = scaled(call.values, gates / strength)
         outputs, state = linear_attention("deltanet", queries, keys, values, beta=strength, **options)
     real, imag = jnp.split(state, 2, axis=-2)
     memory = jax.lax.complex(real, imag)

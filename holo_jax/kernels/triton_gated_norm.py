@@ -1,7 +1,8 @@
-"""Kernels of what follows a retrieval: RMSNorm of each head, then a silu gate (Pallas, lowered to Triton).
+"""Kernels over heads: norm and gate of a retrieval, factors of values (Pallas, lowered to Triton).
 
-A program takes one head of a stretch of tokens. The backward pass writes the gated values once more, so that
-nobody has to keep them for the gradient of the map they go into. Arithmetic is float32.
+A program takes one head of a stretch of tokens. A retrieval gets an RMSNorm a head, then a silu gate; its
+backward pass writes the gated values once more, so that nobody has to keep them for the gradient of the map
+they go into. Arithmetic is float32.
 """
 
 from typing import Any
@@ -129,3 +130,39 @@ def backward(norm: Norm, inputs: dict[str, Array], cotangent: Array) -> dict[str
         name="gated_norm_backward",
     )(arrays)
     return found | {"d_weight": jnp.sum(found["d_weight"], axis=0)}
+
+
+def scale_backward(
+    values: Array, factors: Array, cotangent: Array, *, interpret: bool
+) -> tuple[Array, Array]:
+    """Gradients of values ``[n, h d]`` and of float32 factors ``[n, h]`` from that of their product."""
+    (n, heads), width = factors.shape, values.shape[1] // factors.shape[1]
+    tokens = tokens_of(n, _FORWARD_TOKENS)
+    rows = min(_ROWS, tokens)
+    inputs = {"values": values, "factors": factors, "cotangent": cotangent}
+
+    def scale_heads_backward(ins: dict[str, Any], outs: dict[str, Any]) -> None:
+        def step(index: Array, _: None) -> None:
+            at = (pl.ds(index * rows, rows), slice(None))
+            given = ins["cotangent"][at].astype(jnp.float32)
+            outs["d_values"][at] = (given * ins["factors"][at[0], 0][:, None]).astype(values.dtype)
+            product = given * ins["values"][at].astype(jnp.float32)
+            outs["d_factors"][at[0], 0] = jnp.sum(product, axis=1)
+
+        jax.lax.fori_loop(0, tokens // rows, step, None)
+
+    shapes = {
+        "d_values": jax.ShapeDtypeStruct(values.shape, values.dtype),
+        "d_factors": jax.ShapeDtypeStruct((n, heads), jnp.float32),
+    }
+    found = pl.pallas_call(
+        scale_heads_backward,
+        out_shape=shapes,
+        grid=(n // tokens, heads),
+        in_specs=(_specs(inputs, tokens, width),),
+        out_specs=_specs(shapes, tokens, width),
+        compiler_params=parameters(Norm(0.0, False, interpret)),
+        interpret=interpret,
+        name="scale_heads_backward",
+    )(inputs)
+    return found["d_values"], found["d_factors"]

@@ -70,9 +70,13 @@ def _call(mixer: MemoryMixer, x: Array, context: Context) -> Call:
 
 
 def after_norm(
-    mixer: MemoryMixer, norm: Normalization, x: Float[Array, "b t e"], context: Context
+    mixer: MemoryMixer,
+    norm: Normalization,
+    x: Float[Array, "b t e"],
+    delta: Float[Array, "b t e"] | None,
+    context: Context,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b t e"]]:
-    """(x, ``mixer(norm(x))``), for inputs that ``unsupported`` accepts."""
+    """(x + delta, ``mixer(norm(x + delta))``), for inputs that ``unsupported`` accepts."""
     config = mixer.config
     narrow = ("write", "erase") if config.erase else ("write",)
     # Gates are a few columns each: they ride along with the phases, which have the same dtype.
@@ -81,9 +85,10 @@ def after_norm(
     dtypes = (x.dtype, x.dtype, jnp.dtype(config.precision.phases))
     if norm.fuses(x):
         x, products = kernels.block.normed_products(
-            x, None, *norm.parameters, weights, dtypes=dtypes, eps=norm.eps
+            x, delta, *norm.parameters, weights, dtypes=dtypes, eps=norm.eps
         )
     else:
+        x = x if delta is None else x + delta
         rows = norm(x)
         products = tuple(
             jnp.einsum("bti,io->bto", rows, w.astype(x.dtype), preferred_element_type=dtype)
@@ -105,7 +110,7 @@ def _mix(mixer: MemoryMixer, context: Context, values: Array, gate: Array, raw: 
     call = _call(mixer, values, context)._replace(
         values=values.reshape(b, t, h, -1), gates=gates, erase=erase
     )
-    retrieved, _ = hopper.accumulate_features(keys, queries, call)
+    retrieved, _ = hopper.accumulate_features(keys, queries, call, scaled=kernels.block.scaled_heads)
     factors = None
     if config.read_scale == "sqrt_writes":
         factors = 1.0 / retrieval_scale(config.read_scale, gates, segment_ids=context.segment_ids)

@@ -264,8 +264,9 @@ class MemoryMixer(nnx.Module):
         if config.read_scale == "none":
             return y, after
         if config.read_scale == "sqrt_time":
-            scale = jnp.sqrt(context.inside.astype(jnp.float32) + 1)[..., None, None]
-            return y / scale, after
+            # Behind a border: fused, the root and the quotient would be taken once an element.
+            factor = 1.0 / jnp.sqrt(context.inside.astype(jnp.float32) + 1)
+            return y * jax.lax.optimization_barrier(factor)[..., None, None], after
         written = jnp.ones((b, t, h), jnp.float32) if gates is None else gates
         scale = retrieval_scale(
             config.read_scale,
