@@ -258,8 +258,8 @@ class Denoiser(nnx.Module):
             return kernels.block.normed_swiglu(x, delta, *norm.parameters, *weights, eps=norm.eps)
         if self.kind == "gelu":
             assert self.up.bias is not None and self.down.bias is not None
-            weights = (self.up.weight[...], self.up.bias[...], self.down.weight[...])
-            total, y = kernels.block.normed_gelu(x, delta, *norm.parameters, *weights, eps=norm.eps)
+            maps = (self.up.weight[...], self.up.bias[...], self.down.weight[...])
+            total, y = kernels.block.normed_gelu(x, delta, *norm.parameters, *maps, eps=norm.eps)
             return total, y + self.down.bias[...].astype(y.dtype)[None, None]
         total, results = normed_project(norm, self, x, delta, self.maps)
         return total, self._finish(results)

@@ -206,8 +206,8 @@ class HoloModel(nnx.Module):
 
         def body(carried: tuple[Array, Array | None], xs: tuple[Period, Array | None, Any]) -> Any:
             period, own_turns, states = xs
-            *carried, states = period(*carried, context, own_turns, states)
-            return tuple(carried), states
+            x, pending, states = period(*carried, context, own_turns, states)
+            return (x, pending), states
 
         # Every iteration carries the same arrays, so the first one has something to add as well.
         deferred = layers is None and config.remat != "full" and self.norm.fuses(x)
