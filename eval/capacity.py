@@ -1,10 +1,11 @@
-"""Capacity of the raw phasor memory, without training: Monte Carlo beside theory.
+"""Capacity of the raw phasor memory, without a language model: Monte Carlo beside theory.
 
 Sections (``config.sections``): top-1 recall, SNR and squared error against pairs stored, by "dimension",
 "vocabulary" and "binding"; "gating" (a few facts among many distractors, written without a gate, with a
-soft one, with an ideal one); state "dtype" at equal bytes; write "rules"; and the "decoder" protocol for
-the published claim "associative recall MSE < 0.005". Definitions: eval/superposition.py, write_rules.py,
-state_dtypes.py and decoders.py.
+soft one, with an ideal one); state "dtype" at equal bytes; write "rules"; the "decoder" protocol for
+the published claim "associative recall MSE < 0.005"; and "presets", one trained block of every preset with
+and without its denoiser. Definitions: eval/superposition.py, write_rules.py, state_dtypes.py, decoders.py
+and raw_recall.py.
 """
 
 import dataclasses
@@ -14,14 +15,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eval import capacity_view, common, decoders, write_rules
+from eval import capacity_view, common, decoders, raw_recall, write_rules
 from eval.common import Reporter
 from eval.results import Value, exact, mean, proportion
 from eval.results import theory as theory_value
 from eval.state_dtypes import bytes_per_float
 from eval.superposition import Load, Shape, measure, theory
 
-SECTIONS = ("dimension", "vocabulary", "binding", "gating", "dtype", "rules", "decoder")
+SECTIONS = ("dimension", "vocabulary", "binding", "gating", "dtype", "rules", "decoder", "presets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Settings:
     decoder_batch: int
     decoder_rates: tuple[float, ...]
     target_mse: float
+    presets: raw_recall.Settings
 
     def __post_init__(self) -> None:
         common.require_positive(
@@ -258,6 +260,11 @@ def _most_pairs(reporter: Reporter, settings: Settings, decoder: str, values: st
     return exact("pairs_below_target", most, section="decoder", dimension=d, values=values, decoder=decoder)
 
 
+def by_preset(settings: Settings, reporter: Reporter, key: jax.Array) -> None:
+    """Recall of vectors through one trained block of each preset."""
+    raw_recall.evaluate(settings.presets, reporter, key)
+
+
 _RUN = {
     "dimension": by_dimension,
     "vocabulary": by_vocabulary,
@@ -266,6 +273,7 @@ _RUN = {
     "dtype": by_dtype,
     "rules": by_rule,
     "decoder": by_decoder,
+    "presets": by_preset,
 }
 
 
@@ -278,7 +286,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     reporter.note(
         "accuracy: top-1 of the clean-up over the vocabulary, Wilson intervals over reads; snr: mean score "
         "of the right word over the root mean square score of wrong ones; mse: of the raw, unscaled read "
-        "(values have unit variance per channel), except in section 'decoder'"
+        "(values have unit variance per channel), except in sections 'decoder' and 'presets'"
     )
 
 
@@ -290,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         evaluate,
         figures=capacity_view.figures,
         table=capacity_view.table,
-        seeds=lambda s: (s.seed,),
+        seeds=lambda s: (s.seed, *(s.presets.grid.seeds if "presets" in s.sections else ())),
         argv=argv,
     )
 

@@ -104,6 +104,18 @@ def _decoder_table(results: Results) -> list[str]:
     return parts
 
 
+def _presets_table(results: Results) -> list[str]:
+    sizes = results.settings["presets"]
+    trained = (
+        f"one block, {sizes['channels']} channels, {sizes['words']} words, trained at "
+        f"{sizes['train_pairs']} pairs"
+    )
+    return [
+        *_by_pairs(results, f"Top-1 by preset and denoiser: {trained}", "model", "presets", digits=3),
+        *_by_pairs(results, "The same: mean square error", "model", "presets", metric="mse", digits=3),
+    ]
+
+
 _TABLES = {
     "dimension": lambda r: _by_pairs(
         r,
@@ -119,16 +131,16 @@ _TABLES = {
     "dtype": _dtype_table,
     "rules": _rules_table,
     "decoder": _decoder_table,
+    "presets": _presets_table,
 }
 
 
 def figures(results: Results, theme: str) -> dict:
     """``capacity``: one panel for each section that was run; ``decoder`` its own figure."""
-    sections = [s for s in results.settings["sections"] if s != "decoder"]
+    panels = [s for s in results.settings["sections"] if s in _PANELS]
     drawn = {}
     with plots.style(theme):
-        if sections:
-            panels = [s for s in sections if s in _PANELS]
+        if panels:
             panels = [p for s in panels for p in _PANELS[s]]
             columns = min(3, len(panels))
             figure, axes = plots.grid(-(-len(panels) // columns), columns, size=(5.2, 4.2))

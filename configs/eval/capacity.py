@@ -1,16 +1,32 @@
-"""What a raw phasor memory holds: no training but that of the last section's decoder.
+"""What a raw phasor memory holds: no training but that of the last two sections' decoders and blocks.
 
 Command:  python -m eval.capacity --config=configs/eval/capacity.py --out=runs/capacity
 Hardware: 2 CPU cores. Duration: about 10 minutes (full), 1 to 2 minutes (quick).
 Expect:   Monte Carlo on the theory curve SNR = sqrt(2D/N); 32 facts in 16,384 tokens at D = 2048: chance
-          without a write gate, 100% with a soft one.
+          without a write gate, 100% with a soft one. Section "presets" (--config.sections="('presets',)",
+          10 minutes more): attention 1.0 with its denoiser, or the harness is wrong (exit code 1).
 """
 
 from configs.eval import choose
 
+
+def _presets() -> dict:
+    # Equal states: 2,048 floats (attention: keys and values of all it reads).
+    sizes = {
+        "attention": dict(preset="attention", hd_dim=64, key_conv=4),
+        "holo": dict(preset="holo", hd_dim=64, phasors=16),
+        "holo_sum": dict(preset="holo", erase=False, hd_dim=64, phasors=16),
+        "dual": dict(preset="dual", hd_dim=512),
+        "seed": dict(preset="seed", hd_dim=1024),
+        "ssm": dict(preset="ssm", hd_dim=64, phasors=16),
+    }
+    denoisers = {"": {}, "_linear": dict(mlp="linear"), "_nomlp": dict(mlp="none")}  # "": the preset's own
+    return {name + suffix: size | mlp for name, size in sizes.items() for suffix, mlp in denoisers.items()}
+
+
 _VARIANTS = {
     "full": dict(
-        sections=("dimension", "vocabulary", "binding", "gating", "dtype", "rules", "decoder"),
+        sections=("dimension", "vocabulary", "binding", "gating", "dtype", "rules", "decoder", "presets"),
         seed=0,
         queries=1024,  # reads behind each Monte Carlo number, at least
         pairs=(8, 16, 32, 64, 128, 256, 512, 1024),
@@ -39,6 +55,28 @@ _VARIANTS = {
         decoder_batch=256,
         decoder_rates=(1e-3, 4e-3),
         target_mse=0.005,  # the published claim
+        presets=dict(
+            models=_presets(),
+            select=tuple(_presets()),
+            shared=dict(head_dim=32, memory_backend="portable"),
+            channels=32,
+            words=256,
+            train_pairs=8,
+            test_pairs=(2, 4, 8, 16, 32),
+            batch=64,
+            test_memories=256,
+            grid=dict(
+                seeds=(0, 1),
+                rates=(3e-3, 1e-2),
+                steps=800,
+                warmup=0.1,
+                weight_decay=0.0,
+                clip=1.0,
+                b2=0.98,
+                log_every=200,
+            ),
+            control_from=0.99,
+        ),
     ),
     "quick": dict(
         queries=128,
@@ -61,6 +99,28 @@ _VARIANTS = {
         decoder_steps=300,
         decoder_batch=256,
         decoder_rates=(3e-3,),
+        presets=dict(
+            models=_presets(),
+            select=("attention", "holo", "holo_nomlp", "seed"),
+            shared=dict(head_dim=32, memory_backend="portable"),
+            channels=32,
+            words=64,
+            train_pairs=4,
+            test_pairs=(4, 8),
+            batch=64,
+            test_memories=64,
+            grid=dict(
+                seeds=(0,),
+                rates=(1e-2,),
+                steps=300,
+                warmup=0.1,
+                weight_decay=0.0,
+                clip=1.0,
+                b2=0.98,
+                log_every=100,
+            ),
+            control_from=0.95,
+        ),
     ),
 }
 
