@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
+# One more than there are cores: tests wait for processes, locks and disks.
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$((n + 1)))
 BIN = $(VENV)/bin
 LOCK = $(shell $(PYTHON) -c 'import sys; print("requirements/python3.%d.txt" % min(12, sys.version_info[1]))' 2>/dev/null)
 STAMP = $(VENV)/.ready-$(shell cat pyproject.toml $(LOCK) 2>/dev/null | cksum | cut -d' ' -f1)

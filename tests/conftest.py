@@ -7,6 +7,7 @@ of CPUs only. Compiled programs are kept in ``.pytest_cache/jax`` and, on the CP
 optimisation: the suite runs many tiny programs once.
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -34,6 +35,10 @@ install_import_hook("holo_jax.functional", "beartype.beartype")
 
 import jax
 import pytest
+
+# Traces make many objects and little garbage: one collection in thirty of them is enough.
+gc.freeze()
+gc.set_threshold(20_000, 20, 20)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 if _platform != "cpu":

@@ -1,6 +1,7 @@
 """What the memory learns to recall on a CPU in a minute or two: 64 tokens, 8 pairs, 512 words."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,12 @@ from eval.results import Results
 ROOT = Path(__file__).parents[2]
 
 
+def cpu_seconds() -> float:
+    """Of all processes that this one has started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> Results:
     """Trains in a process of its own, with the compiler's optimisations on and one device."""
@@ -21,7 +28,9 @@ def results(tmp_path_factory) -> Results:
     command += [f"--out={out}", "--config.select=('holo','seed')", "--config.control_from=0.0"]
     command += ["--config.train=((64,8,32),)", "--config.grid.seeds=(0,)", "--config.grid.rates=(1e-2,)"]
     command += ["--config.grid.steps=100", "--config.grid.log_every=50"]
+    before = cpu_seconds()
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=580)
+    assert cpu_seconds() - before < 180  # the clock reads no more where nothing else runs
     return Results.read(out)
 
 
