@@ -128,6 +128,8 @@ def test_a_wrong_kernel_gets_no_speeds(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_quick_run(monkeypatch, tmp_path, capsys):
+    for part in (speed.memory_op, speed.mixer):
+        monkeypatch.setattr(part, "_SETS", 1)  # a third of the program to compile
     monkeypatch.setattr(gate, "cases", lambda binding, dtype: [gate.Case(binding, False, 5, False, dtype)])
     code = speed.main(
         [
@@ -136,6 +138,7 @@ def test_quick_run(monkeypatch, tmp_path, capsys):
             "--config.mixers=('holo@64',)",
             "--config.train=('holo@64 remat=dots',)",
             "--config.train_long=()",
+            "--config.layers=1",
         ]
     )
     assert code == 0, capsys.readouterr()
