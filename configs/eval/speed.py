@@ -12,12 +12,12 @@ Expect:   docs/log.md holds the predictions and what came of them.
 from configs.eval import choose
 
 _MAIN = (
-    "holo_sum@2048 remat=dots unroll=12",
-    "holo@2048 remat=dots unroll=12",
+    "holo_sum@2048 remat=dots unroll=12 loss=4096",
+    "holo@2048 remat=dots unroll=12 loss=4096",
     "attention@2048 remat=dots unroll=12",
     "seed@2048 remat=dots unroll=12",
-    "holo_sum@16384 remat=dots unroll=12",
-    "holo@16384 remat=dots unroll=12",
+    "holo_sum@16384 remat=dots unroll=12 loss=4096",
+    "holo@16384 remat=dots unroll=12 loss=4096",
     "attention@16384 remat=dots unroll=12",
     "seed@16384 remat=dots unroll=12",
 )
@@ -64,8 +64,8 @@ _FULL = dict(
         "attention@65536 remat=full",
     ),
     profile=(
-        "holo_sum@2048 remat=dots unroll=12",
-        "holo@2048 remat=dots unroll=12",
+        "holo_sum@2048 remat=dots unroll=12 loss=4096",
+        "holo@2048 remat=dots unroll=12 loss=4096",
     ),  # of train: list kernels
     peers=(
         "llama@2048",
