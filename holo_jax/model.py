@@ -274,17 +274,22 @@ class HoloForCausalLM(nnx.Module):
         hidden, state = self.model(input_ids, segment_ids, state)
         loss = loss_sum = num_targets = None
         if labels is not None:
-            targets = next_token_targets(labels, segment_ids)
-            loss_sum, num_targets = kernels.linear_cross_entropy(
-                hidden,
-                self.output_weights,
-                targets,
-                chunk_tokens=self.config.loss_chunk,
-                logits_dtype=self.config.precision.logits,
-                backend=self.config.products_backend,
-            )
+            loss_sum, num_targets = self.summed_loss(hidden, labels, segment_ids)
             loss = loss_sum / jnp.maximum(num_targets, 1).astype(loss_sum.dtype)
         return CausalLMOutput(self.logits(hidden), loss, loss_sum, num_targets, state)
+
+    def summed_loss(
+        self, hidden: Float[Array, "b t e"], labels: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None
+    ) -> tuple[Float[Array, ""], Int[Array, ""]]:
+        """Nats over all counted targets, and how many these are, from final hidden states."""
+        return kernels.linear_cross_entropy(
+            hidden,
+            self.output_weights,
+            next_token_targets(labels, segment_ids),
+            chunk_tokens=self.config.loss_chunk,
+            logits_dtype=self.config.precision.logits,
+            backend=self.config.products_backend,
+        )
 
     def logits(self, hidden: Float[Array, "b t e"]) -> Float[Array, "b t v"]:
         """Logits of final hidden states, in the logits dtype."""

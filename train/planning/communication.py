@@ -45,8 +45,8 @@ class Exchange(NamedTuple):
 def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list[Exchange]:
     """Every exchange of a step of ``config`` on ``mesh``; axes of size 1 have none.
 
-    Gradients and weights are float32, activations have the storage dtype. Each of the parts of an accumulated
-    batch is taken to gather weights and to sum gradients anew.
+    Gradients are float32; weights and activations are sent in the storage dtype. Each of the parts of an
+    accumulated batch is taken to gather weights and to sum gradients anew.
     """
     model, sizes = config.model, dict(mesh.shape)
     data, fsdp, seq, tensor = (sizes[axis] for axis in MESH_AXES)
@@ -54,7 +54,9 @@ def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list
     again = 1 if model.remat == "none" else 2  # runs of the blocks' forward pass
     rows = config.global_batch_size // (data * fsdp * parts)
     length = config.context_length // seq
-    weights = count_parameters(model_functions(model).shapes) * jnp.dtype(model.precision.params).itemsize
+    count = count_parameters(model_functions(model).shapes)
+    weights = count * jnp.dtype(model.precision.params).itemsize
+    sent = count * jnp.dtype(model.precision.storage).itemsize
     found = []
 
     def ring(axes: tuple[str, ...], what: str, size: float, times: int) -> None:
@@ -63,8 +65,8 @@ def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list
         if axes and size:
             ways = math.prod(sizes[axis] for axis in axes)
             link = hardware.link(ways, _in_node(axes, sizes, hardware.node_devices))
-            sent = size * (ways - 1) / ways
-            found.append(Exchange(" x ".join(axes), what, sent, times * (ways - 1), link))
+            share = size * (ways - 1) / ways
+            found.append(Exchange(" x ".join(axes), what, share, times * (ways - 1), link))
 
     # Both replicate the weights. What fsdp and tensor divide is summed in the divided form.
     own = weights / (fsdp * tensor)
@@ -72,7 +74,7 @@ def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list
     ring(
         ("fsdp",),
         "weights, gathered forward and backward; gradients, scattered",
-        3 * parts * weights / tensor,
+        parts * (2 * sent + weights) / tensor,
         3 * parts * model.num_periods,
     )
     state = sum(_part_bytes(model, kind, rows, length) for kind in model.layer_kinds) * model.num_periods

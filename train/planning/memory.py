@@ -1,10 +1,11 @@
 """Bytes on one device, by part, for a train step: traced and divided, never compiled or run.
 
-State and gradients follow from the shapes and the sharding rules. What the forward pass keeps for the
-backward pass is read from the traced vjp of the loss at the shapes of one device, so it follows the model by
-itself: stacked over depth it is what the rematerialisation policy keeps. A rematerialised block computes the
-rest again, one block at a time. What a compiler fuses and what a kernel keeps are rules, given where they are
-used; they were set with four measured programs in view (``tests/train/test_plan.py``).
+State and gradients follow from the shapes and the sharding rules. What loss and backward pass hold is read
+from the program that one device traces, its exchanges included: the arrays that are written and still needed
+at its worst moment (``train.planning.liveness``); and, to show it by part, what the forward pass keeps for
+the backward pass. Of memory and attention by kernels a trace says nothing: there only what the forward pass
+keeps is read from it, and what a block computes again and a kernel keeps are rules, given where they are used;
+they were set with three measured programs in view (``tests/train/test_plan.py``).
 """
 
 import dataclasses
@@ -16,13 +17,15 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from holo_jax.config import HoloConfig
 from holo_jax.functional import accumulate
 from train.model_functions import model_functions
 from train.optimizer import make_optimizer
+from train.planning.liveness import live_bytes
 from train.run_config import RunConfig
-from train.sharding import check_batch, check_model, optimizer_shardings, parameter_shardings
+from train.sharding import MESH_AXES, check_batch, check_model, optimizer_shardings, parameter_shardings
 
 _KERNEL_WIDTHS = (64, 128)
 
@@ -40,6 +43,8 @@ class Memory(NamedTuple):
       gathered: weights of one block, and their gradient, in one piece where ``fsdp`` divides them.
       logits: one chunk of logits and its gradient, and the output weights with theirs.
       update: what the optimizer needs beside moments and gradients.
+      traced: the most that loss and backward pass hold beside their arguments, gradients included, by the
+        traced program; None where the rules for a kernel stand for it.
     """
 
     params: int
@@ -51,6 +56,7 @@ class Memory(NamedTuple):
     gathered: int
     logits: int
     update: int
+    traced: int | None = None
 
     @property
     def state(self) -> int:
@@ -59,8 +65,13 @@ class Memory(NamedTuple):
 
     @property
     def phases(self) -> dict[str, int]:
-        """Bytes at the three moments that can be the largest."""
+        """Bytes at the moments that can be the largest."""
         summed = self.gradients // 2 if self.accumulated else 0
+        if self.traced is not None:
+            return {
+                "loss and backward": self.state + summed + self.traced,
+                "update": self.state + self.gradients - summed + self.update,
+            }
         return {
             "loss": self.state + summed + self.kept + self.logits,
             "backward": self.state + self.gradients + self.kept + self.working + self.gathered,
@@ -105,11 +116,18 @@ def estimate_memory(
     rows = config.global_batch_size // (sizes["data"] * fsdp * config.accumulation_steps)
     length = config.context_length // sizes["seq"]
     shard = _shard(model, tensor)
-    activations = _activations(shard, rows, length, kernels, packed, sizes["seq"] > 1)
+    divided = (fsdp, sizes["seq"], tensor)
+    by_kernel = kernels and _by_kernel(model, packed)
+    activations = _activations(shard, rows, length, by_kernel, packed, divided)
     width, vocab = shard.hidden_size, shard.vocab_size
     storage, wide = _itemsize(model.precision.storage), _itemsize(model.precision.logits)
     chunk = rows * min(length, max(1, model.loss_chunk // rows))
     period = sum(_bytes(leaf) for leaf in _blocks(functions.shapes)) // model.num_periods // tensor
+    gathered = 2 * period if fsdp > 1 else 0
+    traced, working = None, activations.working
+    if not by_kernel:
+        traced = _traced(shard, rows, length, packed, divided)
+        working = max(0, traced - params - activations.kept - gathered)
     ways = sizes["data"] * fsdp * sizes["seq"]
     tokens = config.global_batch_size * config.context_length // ways
     return Memory(
@@ -118,10 +136,11 @@ def estimate_memory(
         other=2 * 4 * tokens + 20,  # tokens and segment ids; step, skipped, nonfinite_run and the key
         gradients=params * (2 if config.accumulation_steps > 1 else 1),
         kept=activations.kept,
-        working=activations.working,
-        gathered=2 * period if fsdp > 1 else 0,
+        working=working,
+        gathered=gathered,
         logits=chunk * vocab * (wide + storage) + width * vocab * (wide + storage),
         update=_update(config, functions.shapes, params_at),
+        traced=traced,
     )
 
 
@@ -136,6 +155,9 @@ def _update(config: RunConfig, shapes: Any, shardings: Any) -> int:
     return sum(sizes) + 2 * max(sizes)
 
 
+Divided = tuple[int, int, int]  # devices along fsdp, seq and tensor
+
+
 class _Activations(NamedTuple):
     kept: int
     working: int
@@ -143,42 +165,39 @@ class _Activations(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _activations(
-    config: HoloConfig, rows: int, length: int, kernels: bool, packed: bool, divided: bool
+    config: HoloConfig, rows: int, length: int, by_kernel: bool, packed: bool, divided: Divided
 ) -> _Activations:
-    """Activations of one device's rows [rows, length], which may be parts of a divided sequence."""
+    """Activations of one device's rows [rows, length], which may be parts of a divided sequence.
+
+    What is computed again is given only where the memory runs by a kernel.
+    """
     portable = config.replace(memory_backend="portable")
-    kept = _kept(portable, rows, length, packed)
+    kept = _kept(portable, rows, length, packed, divided)
+    if not by_kernel:
+        return _Activations(kept.stacked + kept.outside, 0)
     memories = sum(kind == "holo" for kind in config.layer_kinds)  # of one period
-    kernel = kernels and memories > 0 and _kernel_supports(config)
     token = rows * length * _itemsize(config.precision.storage)
     keys = config.num_heads * 2 * config.phasors
     # A part of a divided sequence finds what becomes of the state before it in as many more channels as keys.
-    channels = config.hd_dim + (keys if divided and config.erase else 0)
+    channels = config.hd_dim + (keys if divided[1] > 1 and config.erase else 0)
     # What a kernel keeps: the features of both phases, the written values and the read.
     op = token * (2 * keys + 2 * channels)
-    if config.remat == "none":
-        stacked = kept.stacked
-        if kernel:
-            stacked += memories * config.num_periods * (op - _memory_op(portable, rows, length, packed))
-        return _Activations(stacked + kept.outside, 0)
     stacked = kept.stacked
-    if kernel and config.remat == "dots":
+    if config.remat == "none":
+        stacked += memories * config.num_periods * (op - _memory_op(portable, rows, length, packed))
+        return _Activations(stacked + kept.outside, 0)
+    if config.remat == "dots":
         stacked += memories * config.num_periods * token * channels
-    if not kernel and memories:
-        op = _portable_working(portable, rows, length, packed)
-    whole = _kept(portable.replace(remat="none"), rows, length, packed)
+    whole = _kept(portable.replace(remat="none"), rows, length, packed, divided)
     again = (whole.materialised - kept.materialised) // config.num_periods
     return _Activations(stacked + kept.outside, max(0, again) + memories * op)
 
 
-def _portable_working(config: HoloConfig, rows: int, length: int, packed: bool) -> int:
-    """What the portable memory of one layer holds in float32 while its gradient is computed."""
-    if config.binding == "hadamard":
-        memories = 2 if config.addressing == "both" else 1
-        return memories * 2 * rows * length * config.hd_dim * config.precision.complex_memory.itemsize
-    if config.precision.storage == config.precision.memory:
-        return 0  # among the arrays that the block materialises
-    return _memory_op(config, rows, length, packed)
+def _by_kernel(config: HoloConfig, packed: bool) -> bool:
+    """Whether a mixer runs by a kernel on Hopper: attention does without segments."""
+    if "attention" in config.layer_kinds and not packed:
+        return True
+    return "holo" in config.layer_kinds and _kernel_supports(config)
 
 
 def _kernel_supports(config: HoloConfig) -> bool:
@@ -210,19 +229,13 @@ class _Kept(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(config: HoloConfig, rows: int, length: int, packed: bool) -> _Kept:
-    functions = model_functions(config)
-    ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+def _kept(config: HoloConfig, rows: int, length: int, packed: bool, divided: Divided) -> _Kept:
     weights = (config.hidden_size, config.vocab_size)
     attends = "attention" in config.layer_kinds
-
-    def loss(params: Any, tokens: Any, segments: Any) -> Any:
-        segments = segments if packed else None
-        return functions.model(params)(tokens, labels=tokens, segment_ids=segments).loss_sum
-
+    params, ids, loss = _loss(config, rows, length, packed, divided)
     stacked = materialised = 0
     outside: dict[tuple[int, ...], int] = {}
-    for leaf in _residuals(loss, functions.shapes, ids, ids):
+    for leaf in _residuals(loss, divided, params, ids, ids):
         size = _bytes(leaf)
         if leaf.shape[:1] == (config.num_periods,):
             pairs = attends and leaf.ndim > 4 and leaf.shape[-2:] == (length, length)
@@ -255,19 +268,66 @@ def _memory_op(config: HoloConfig, rows: int, length: int, packed: bool) -> int:
             chunk_size=config.chunk_size or None,
         )[0]
 
-    return sum(_bytes(leaf) for leaf in _residuals(read, inputs, segments))
+    return sum(_bytes(leaf) for leaf in _residuals(read, (1, 1, 1), inputs, segments))
 
 
-def _residuals(function: Any, differentiated: Any, *others: Any) -> list[Any]:
-    """Shapes of what the vjp of ``function`` keeps, its inputs and constants excepted, each once."""
+@functools.lru_cache(maxsize=64)
+def _traced(config: HoloConfig, rows: int, length: int, packed: bool, divided: Divided) -> int:
+    """The most bytes that loss and gradient of one device hold beside their arguments, in portable form."""
+    portable = config.replace(memory_backend="portable")
+    params, ids, loss = _loss(portable, rows, length, packed, divided)
+    traced = _of_one_device(lambda *given: jax.grad(loss)(*given), divided, params, ids, ids)
+    return live_bytes(traced)
+
+
+def _loss(
+    config: HoloConfig, rows: int, length: int, packed: bool, divided: Divided
+) -> tuple[Any, jax.ShapeDtypeStruct, Any]:
+    """Parameters and ids of one device, by shape, and its summed loss."""
+    functions = model_functions(config)
+    mesh = AbstractMesh((1, divided[0], 1, 1), MESH_AXES)
+    params = jax.tree.map(
+        lambda leaf, at: jax.ShapeDtypeStruct(at.shard_shape(leaf.shape), leaf.dtype),
+        functions.shapes,
+        parameter_shardings(mesh, functions.axes, functions.shapes),
+    )
+
+    def loss(params: Any, tokens: Any, segments: Any) -> Any:
+        segments = segments if packed else None
+        model = functions.model(params)
+        return model.summed_loss(model.model(tokens, segments).hidden, tokens, segments)[0]
+
+    return params, jax.ShapeDtypeStruct((rows, length), jnp.int32), loss
+
+
+def _residuals(function: Any, divided: Divided, differentiated: Any, *others: Any) -> list[Any]:
+    """Shapes of what the vjp of ``function`` keeps, its inputs and constants excepted, each once.
+
+    Args:
+      function: of one device's arrays.
+      divided: over how many devices; see ``_of_one_device``.
+      differentiated, others: its arguments, of one device.
+    """
 
     def backward(differentiated: Any, *others: Any) -> Any:
         return jax.tree.leaves(jax.vjp(lambda x: function(x, *others), differentiated)[1])
 
-    traced = jax.make_jaxpr(backward)(differentiated, *others).jaxpr
+    traced = _of_one_device(backward, divided, differentiated, *others)
     given = {*traced.invars, *traced.constvars}
     kept = dict.fromkeys(v for v in traced.outvars if not isinstance(v, Literal))
     return [variable.aval for variable in kept if variable not in given]
+
+
+def _of_one_device(function: Any, divided: Divided, *arguments: Any) -> Any:
+    """The jaxpr of ``function`` as one of the devices of a mesh runs it, with its exchanges."""
+    if divided == (1, 1, 1):
+        return jax.make_jaxpr(function)(*arguments).jaxpr
+    mesh = AbstractMesh((1, *divided), MESH_AXES)
+    every = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+    outer = jax.make_jaxpr(every)(*arguments).jaxpr
+    (mapped,) = (one for one in outer.eqns if one.primitive.name == "shard_map")
+    traced = mapped.params["jaxpr"]
+    return getattr(traced, "jaxpr", traced)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
