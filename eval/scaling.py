@@ -77,7 +77,8 @@ class Case(NamedTuple):
       length: tokens in a sequence, of all devices together along ``seq``.
       rows: sequences of one device; of all together if ``strong``, and along ``seq``.
       strong: 1 keeps the whole problem the same on one device, 0 the share of a device.
-      remat, unroll, model: of the model.
+      remat, unroll, model, block: of the model; ``block`` is its ``block_backend``. What one device runs and
+        a mesh does not is no loss of scaling, so both run what a mesh can.
       overlap: 1 asks the compiler to order operations so that collectives run beside others, 2 also to take
         two turns of a loop at a time.
     """
@@ -90,6 +91,7 @@ class Case(NamedTuple):
     unroll: int = 1
     model: str = "holo"
     overlap: int = 0
+    block: str = "products"
 
     def shape(self, devices: int, largest: int) -> tuple[int, int]:
         """Rows and tokens of the batch on ``devices`` devices, of at most ``largest``.
@@ -222,7 +224,7 @@ def make_plan(case: Case, size: Size, devices: int, largest: int) -> Plan:
     """The program of ``case`` on the first ``devices`` devices."""
     rows, length = case.shape(devices, largest)
     own = case.shape(1, largest)
-    plain = model_config(case.model, size)
+    plain = model_config(case.model, size, block_backend=case.block)
     config = plain.replace(remat=case.remat, scan_unroll=min(case.unroll, size.layers))
 
     def on(count: int, model: HoloConfig) -> tuple[Any, Any]:
@@ -268,8 +270,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         [make_plan(case, size, devices, largest) for devices in counts(largest)]
         for case in map(parse_case, settings.cases)
     ]
-    # The first case alone, so that it is there as soon as may be.
-    stages = [plans[:1], *(plans[i : i + settings.together] for i in range(1, len(plans), settings.together))]
+    stages = [plans[i : i + settings.together] for i in range(0, len(plans), settings.together)]
     built: dict[tuple, Built] = {}
     for stage in stages:
         jobs: dict[tuple, Job] = {}
@@ -418,7 +419,7 @@ def table(results: Results) -> str:
         sends = ", ".join(f"{v.where['kind']} {v.value:,.1f}" for v in results.select("sent_mib", **where))
         kind = "strong" if where["strong"] else "weak"
         name = f"{where['axis']} {kind}, {where['total_rows']} x {where['total_length']:,}"
-        options = f"remat {where['remat']}, unroll {where['unroll']}, overlap {where['overlap']}"
+        options = ", ".join(f"{name} {where[name]}" for name in ("remat", "unroll", "overlap", "block"))
         profiled = [
             one("exposed_milliseconds", where | {"by": "profile"}, 1),
             one("communication_milliseconds", where, 1),

@@ -18,16 +18,16 @@ _VARIANTS = {
         cases=(
             "data@4096 rows=8",
             "fsdp@4096 rows=8",
+            "seq@1048576 remat=full",
             "seq@65536 strong=1",
             "seq@65536",
-            "seq@1048576 remat=full",
             "fsdp@4096 rows=8 overlap=1",
             "fsdp@4096 rows=8 unroll=12 overlap=1",
         ),
         options=(),  # XLA compiler options of every program, NAME=VALUE
         samples=3,
         least_seconds=0.5,
-        together=4,  # cases compiled before they are timed; the first is compiled alone
+        together=2,  # cases compiled before they are timed
         workers=12,  # programs compiled at a time
         profile=True,  # the collectives of a step, by the profiler
         links=True,  # an all-reduce of all devices at four sizes

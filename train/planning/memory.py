@@ -4,8 +4,8 @@ State and gradients follow from the shapes and the sharding rules. What loss and
 from the program that one device traces, its exchanges included: the arrays that are written and still needed
 at its worst moment (``train.planning.liveness``); and, to show it by part, what the forward pass keeps for
 the backward pass. Of memory and attention by kernels a trace says nothing: there only what the forward pass
-keeps is read from it, and what a block computes again and a kernel keeps are rules, given where they are used;
-they were set with three measured programs in view (``tests/train/test_plan.py``).
+keeps is read from it, and what a block computes again and a kernel keeps are rules, given where they are
+used; they were set with three measured programs in view (``tests/train/test_plan.py``).
 """
 
 import dataclasses
