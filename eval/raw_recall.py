@@ -101,7 +101,9 @@ class OneBlock:
         turns = positional_turns(self.config)
         length, width = sequence.shape[1:]
         context = Context(jnp.arange(length, dtype=jnp.uint32)[None])
-        out, _ = block(sequence, context, None if turns is None else turns[0, 0], None)
+        own_turns = None if turns is None else turns[0, 0]
+        out, pending, _ = block(sequence, None, context, own_turns, None)
+        out = out if pending is None else out + pending
         return out[:, 2 * length // 3 :, width // 2 :].astype(jnp.float32)
 
 
