@@ -198,8 +198,8 @@ def retrieval_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
 
 
 def features_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
-    """Features of convolved phases, in packed rows, with columns beyond the phases."""
-    heads, m, taps, time = 2, 32, 4, 160
+    """Features of convolved phases, in packed rows of an odd length, with columns beyond the phases."""
+    heads, m, taps, time = 2, 32, 4, 157
     inputs = {"raw": 3 * rng.normal(size=(2, time, heads * m + 8))}
     inputs["taps"] = rng.normal(size=(2, taps, heads * m))
     inside = np.stack([np.arange(time) % 37, np.arange(time) % 111]).astype(np.uint32)

@@ -13,8 +13,10 @@ from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
 
-_ROWS = 4
+# Numbers of a tile: 32 a thread and array.
+_TILE = 4096
 _PROGRAMS = 512
+_LEAST_ROWS = 16
 _WARPS = 4
 
 
@@ -40,9 +42,12 @@ def standard(norm: Norm, x: Array) -> tuple[Array, Array]:
     return x * inverse, inverse
 
 
-def rows_of(count: int) -> int | None:
-    """Rows of a program's tile, a power of two that divides all rows; None if there is none."""
-    return next((r for r in (_ROWS, 2, 1) if count % r == 0), None)
+def rows_of(count: int, width: int) -> int:
+    """Rows of a tile: a power of two that divides all rows."""
+    rows = min(max(1, _TILE // width), 32)
+    while count % rows:
+        rows //= 2
+    return rows
 
 
 def forward(
@@ -50,8 +55,7 @@ def forward(
 ) -> tuple[Array, Array]:
     """(x + delta, its norm), ``[n, e]`` in the dtype of x; x itself without ``delta``."""
     n, e = x.shape
-    rows = rows_of(n)
-    assert rows is not None
+    rows = rows_of(n, e)
     given = {"x": x, "delta": delta, "scale": scale, "bias": bias}
     inputs = {name: array for name, array in given.items() if array is not None}
 
@@ -99,11 +103,10 @@ def backward(
     """
     n, e = total.shape
     programs = _PROGRAMS
-    while n % programs:
+    while programs > 1 and (n % programs or n // programs < _LEAST_ROWS):
         programs //= 2
     each = n // programs
-    rows = rows_of(each)
-    assert rows is not None
+    rows = rows_of(each, e)
     inputs: dict[str, Any] = {"total": total, "parts": parts, "scale": scale}
     inputs |= {name: x for name, x in (("d_total", d_total), ("bias", bias)) if x is not None}
 

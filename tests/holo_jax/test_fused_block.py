@@ -14,12 +14,10 @@ from holo_jax import kernels
 from holo_jax.config import HoloConfig
 from holo_jax.functional import accumulate
 from holo_jax.kernels import hopper, triton
-from holo_jax.kernels.block import convolved_features, uses
-from holo_jax.kernels.triton_phases import Walk
+from holo_jax.kernels.block import uses
 from holo_jax.mixers import fused_memory
 from holo_jax.model import HoloForCausalLM
 from holo_jax.precision import FULL
-from holo_jax.sequence import short_convolutions, with_tail
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +47,9 @@ def interpreted(monkeypatch):
         return dict(binding="outer", segment_ids=call.segment_ids, method=call.method)
 
     monkeypatch.setattr(hopper, "accumulate_features", accumulate_features)
-    return calls
+    jax.config.update("jax_disable_most_optimizations", True)  # the time goes into compiling
+    yield calls
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_the_gate_passes_in_the_interpreter(interpreted, monkeypatch):
@@ -64,37 +64,11 @@ def test_the_gate_passes_in_the_interpreter(interpreted, monkeypatch):
     assert len(reporter.values) == 6 + 7 + 8 + 6 + 3 + 3
 
 
-def test_features_at_an_odd_length():
-    """Past the end of the last run, in several tiles and programs."""
-    rng = np.random.default_rng(0)
-    b, t, m, k = 1, 21, 16, 3
-    raw, taps = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((b, t, 2 * m), (2, k, 2 * m)))
-    inside = jnp.arange(t, dtype=jnp.uint32)[None]
-    walk = Walk(m, k, rows=2, steps=2, tiles=2, interpret=True)
-
-    def plain(raw, taps):
-        phases = short_convolutions(with_tail(raw, k - 1), tuple(taps), inside)
-        return [jnp.stack([jnp.cos(x), jnp.sin(x)]) / 4 for x in phases]
-
-    def kernel(raw, taps):
-        found = convolved_features(raw, taps, None, m=m, dtype=jnp.float32, walk=walk)
-        return [jnp.moveaxis(x.reshape(b, t, 2, 2, m), 3, 0).reshape(2, b, t, 2 * m) for x in found]
-
-    wanted, pull = jax.vjp(plain, raw, taps)
-    found, own_pull = jax.vjp(kernel, raw, taps)
-    cotangent = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), wanted)
-    for x, y in zip(
-        jax.tree.leaves((found, own_pull(cotangent))), jax.tree.leaves((wanted, pull(cotangent))), strict=True
-    ):
-        np.testing.assert_allclose(x, y, atol=3e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("changes", [dict(erase=False), dict(preset="seed")])
 def test_a_model_is_the_same(interpreted, changes):
     changes = {"preset": "holo", **changes}
     preset = changes.pop("preset")
     tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
-    segments = jnp.asarray(np.repeat([[1, 2]], 16, axis=1).repeat(2, axis=0), jnp.int32)
     found = {}
     for backend in ("portable", "auto"):
         config = HoloConfig.preset(
@@ -114,14 +88,12 @@ def test_a_model_is_the_same(interpreted, changes):
         graphdef, params = nnx.split(HoloForCausalLM(config, rngs=nnx.Rngs(0)), nnx.Param)
 
         def loss(params, graphdef=graphdef):
-            return nnx.merge(graphdef, params)(tokens, labels=tokens, segment_ids=segments).loss
+            return nnx.merge(graphdef, params)(tokens, labels=tokens).loss
 
-        # A compiled whole takes less time than its parts, one by one; nothing is slow in it but compiling.
         step = jax.jit(jax.value_and_grad(loss)).trace(params)
         if backend == "auto":
             assert str(step.jaxpr).count("name=norm_forward") == 3  # none of them twice
-        options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-        found[backend] = step.lower().compile(compiler_options=options)(params)
+        found[backend] = step.lower().compile()(params)
     assert bool(interpreted) == (preset == "holo")
     for x, y in zip(jax.tree.leaves(found["auto"]), jax.tree.leaves(found["portable"]), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5 + 1e-4 * float(jnp.max(jnp.abs(y))))
