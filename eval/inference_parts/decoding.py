@@ -15,8 +15,10 @@ from eval.results import Scalar, absent, exact
 from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.models import Size, model_config
 from eval.speed_parts.timing import Built, Job, compile_all, failure, median, missing, say
-from holo_jax.generate import Sampling, decoding_form, init_state, prefill, state_bytes
+from holo_jax.generate import Sampling, decoding_form, init_state, prefill, stack, state_bytes
 from holo_jax.generate.decoding import NONE, Decoding, DecodingInputs, decode_block, loop_state
+from holo_jax.generate.pending import GROUP, Held
+from holo_jax.generate.stepping import Form, choose
 from holo_jax.mixers import AttentionState
 from holo_jax.model import HoloForCausalLM, ModelState
 from holo_jax.precision import Precision
@@ -71,7 +73,19 @@ class Decoder:
         state = init_state(
             self.config, cell.batch, cache_length=cell.context + spare, state_dtype=cell.state_dtype
         )
-        return self.decoding(_filled(loop_state(self.config, state), cell.context))
+        return self.decoding(_filled(self.loop_state(state), cell.context))
+
+    def form(self, batch: int) -> Form:
+        """How tokens of a batch are read."""
+        return choose(self.config, batch)
+
+    def loop_state(self, state: ModelState) -> ModelState:
+        """The state as the loop carries it."""
+        return loop_state(self.config, state, self.form(state.position.shape[0]))
+
+    def packed(self, batch: int) -> Any:
+        """The weights once more, where the form of this batch wants them stacked."""
+        return stack.pack(self.model) if self.form(batch).stacked else None
 
     def decoding(self, state: ModelState) -> Decoding:
         """What the loop carries, far from its end."""
@@ -84,8 +98,9 @@ class Decoder:
         shapes = jax.eval_shape(lambda: (self.start(cell, spare), self.inputs(cell.batch)))
 
         def lower() -> Any:
-            options = dict(steps=cell.steps, plan=_PLAN)
-            return decode_block.lower(self.graphdef, self.params, *shapes, **options)
+            options = dict(steps=cell.steps, plan=_PLAN, form=self.form(cell.batch))
+            packed = jax.eval_shape(lambda: self.packed(cell.batch))
+            return decode_block.lower(self.graphdef, self.params, *shapes, packed, **options)
 
         return Job(cell.where, lower)
 
@@ -103,7 +118,7 @@ def _filled(state: ModelState, context: int) -> ModelState:
             index=jnp.full_like(mixer.index, context),
         )
 
-    layers = tuple(tuple(fill(mixer) for mixer in period) for period in state.layers)
+    layers = jax.tree.map(fill, state.layers, is_leaf=lambda node: isinstance(node, AttentionState))
     return state._replace(layers=layers, position=jnp.full_like(state.position, context))
 
 
@@ -184,9 +199,7 @@ def _time(
         reporter.add(*(absent(metric, status, detail=detail, **cell.where) for metric in _METRICS))
         return
     bound = (decoder.weight_bytes + size) / ceilings.bytes_per_second
-    # A memory is written back with every token; of a cache, one slot.
-    written = 0 if "attention" in decoder.config.layer_kinds else size
-    moved = bound + written / ceilings.bytes_per_second
+    moved = (decoder.weight_bytes + _moved(decoder, decoding.state)) / ceilings.bytes_per_second
     reporter.add(
         median("milliseconds_per_step", seconds, cell.where, scale=1e3),
         median("tokens_per_second", [cell.batch / s for s in seconds], cell.where),
@@ -198,6 +211,24 @@ def _time(
     took = np.median(seconds)
     shares = f"{bound / took:.2f} of the bound, {moved / took:.2f} of the traffic"
     say(f"{cell.where}: {1e3 * took:.3f} ms a step, {shares}")
+
+
+def _moved(decoder: Decoder, state: ModelState) -> float:
+    """Bytes of the state that the way it is decoded reads and writes a token.
+
+    Where writes are held back the memory is read once a token without its residue, and both are read and
+    written once a group. Another memory is read and written back with every token; of a cache, one slot is.
+    """
+    held = [
+        node
+        for node in jax.tree.leaves(state.layers, is_leaf=lambda node: isinstance(node, Held))
+        if isinstance(node, Held)
+    ]
+    if held:
+        memory = sum(node.memory.nbytes for node in held)
+        other = state_bytes(state) - sum(node.memory.nbytes + node.residue.nbytes for node in held)
+        return memory * (1 + 4 / GROUP) + other
+    return state_bytes(state) * (1 if "attention" in decoder.config.layer_kinds else 2)
 
 
 def latency(
@@ -216,12 +247,19 @@ def latency(
     tokens = np.random.default_rng(seed).integers(0, size.vocab, max(contexts), np.int32)
     shapes = jax.eval_shape(lambda: decoder.start(Cell("holo", size.width, "float32", 1, 0, steps), steps))
     program = decode_block.lower(
-        decoder.graphdef, decoder.params, shapes, decoder.inputs(1), steps=steps, plan=_PLAN
+        decoder.graphdef,
+        decoder.params,
+        shapes,
+        decoder.inputs(1),
+        decoder.packed(1),
+        steps=steps,
+        plan=_PLAN,
+        form=decoder.form(1),
     ).compile()
     runs = []
     for context in contexts:
         reading = prefill(decoder.model, [tokens[:context]], piece_size=piece)
-        runs.append(_blocks(decoder, program, decoder.decoding(loop_state(decoder.config, reading.state)), 1))
+        runs.append(_blocks(decoder, program, decoder.decoding(decoder.loop_state(reading.state)), 1))
     # Many short samples in turns: what else the machine does meets all contexts alike.
     measured = _samples(runs, steps, 4 * samples)
     for context, seconds in zip(contexts, measured, strict=True):
@@ -239,11 +277,11 @@ def latency(
 
 def _blocks(decoder: Decoder, program: Any, decoding: Decoding, batch: int) -> Callable[[], None]:
     """A function that runs one more block each time; the state is handed on, in place."""
-    inputs = decoder.inputs(batch)
+    inputs, packed = decoder.inputs(batch), decoder.packed(batch)
     carried = [decoding]
 
     def block() -> None:
-        carried[0], tokens, finite = program(decoder.params, carried[0], inputs)
+        carried[0], tokens, finite = program(decoder.params, carried[0], inputs, packed)
         if not bool(jax.block_until_ready(finite)):
             raise FloatingPointError("logits are not finite")
         del tokens

@@ -11,6 +11,7 @@ from flax import nnx
 
 from holo_jax.array_types import Array, Bool, Float, Int, UInt32
 from holo_jax.config import HoloConfig
+from holo_jax.generate import stack
 from holo_jax.generate.checks import (
     Row,
     as_count,
@@ -25,7 +26,7 @@ from holo_jax.generate.pending import GROUP, hold_layers, holds, release_layers
 from holo_jax.generate.reading import PIECE_SIZE, Reading, init_state, next_logits, prefill, read
 from holo_jax.generate.sampling import Plan, Sampling, SamplingNumbers, sample
 from holo_jax.generate.state_precision import stored_dtype
-from holo_jax.generate.stepping import PORTABLE, Form, join_held, split_held, step
+from holo_jax.generate.stepping import PORTABLE, Form, choose, join_held, split_held, step
 from holo_jax.model import HoloForCausalLM, ModelState, positional_turns
 
 BLOCK_SIZE = 64
@@ -154,10 +155,13 @@ def generate(
         stop_tokens=jnp.asarray(np.pad(stops, (0, -stops.size % 4 or 4), constant_values=NONE)),
         allowed=jnp.int32(allowed),
     )
-    graphdef, params = nnx.split(decoding_form(model), nnx.Param)
+    model = decoding_form(model)
+    graphdef, params = nnx.split(model, nnx.Param)
+    form = choose(config, batch)
+    packed = stack.pack(model) if form.stacked else None
     decoding = Decoding(
         logits=start.logits,
-        state=loop_state(config, start.state),
+        state=loop_state(config, start.state, form),
         remaining=jnp.full((batch,), max_new_tokens, jnp.int32),
         seen=_seen(rows, seen, batch, config.vocab_size) if sampling.penalises else None,
     )
@@ -165,7 +169,14 @@ def generate(
     tokens: list[list[int]] = [[] for _ in range(batch)]
     for _ in range(-(-max_new_tokens // block_size)):
         decoding, block, finite = decode_block(
-            graphdef, params, decoding, inputs, steps=min(block_size, max_new_tokens), plan=sampling.plan
+            graphdef,
+            params,
+            decoding,
+            inputs,
+            packed,
+            steps=min(block_size, max_new_tokens),
+            plan=sampling.plan,
+            form=form,
         )
         if not bool(finite):
             raise FloatingPointError(
@@ -205,8 +216,10 @@ def decode_block(
       graphdef, params: ``nnx.split(decoding_form(model), nnx.Param)``.
       decoding: where it stands; its buffers are reused.
       inputs: see ``DecodingInputs``.
+      packed: ``stack.pack`` of the model for a form that needs it.
       steps: tokens to draw.
       plan: ``Sampling.plan``.
+      form: how tokens are read; ``decoding.state`` is ``loop_state`` of the same form.
 
     Returns:
       Where it stands then, the tokens (-1 for rows that were finished) and whether all logits were finite.

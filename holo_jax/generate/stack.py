@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Bool, Float, Int
@@ -11,6 +12,7 @@ from holo_jax.kernels import decode_stack
 from holo_jax.model import HoloForCausalLM
 
 
+@jax.jit
 def pack(model: HoloForCausalLM) -> dict[str, Array]:
     """The weights of all blocks by the names of ``decode_stack.run``; of a model in decoding form."""
     config = model.config

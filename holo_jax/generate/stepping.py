@@ -6,8 +6,20 @@ import jax
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Bool, Float, Int
+from holo_jax.config import HoloConfig
 from holo_jax.generate import stack
-from holo_jax.generate.pending import Held, Pending, Token, begin, join, read_and_write, scaled
+from holo_jax.generate.pending import (
+    GROUP,
+    Held,
+    Pending,
+    Token,
+    begin,
+    join,
+    read_and_write,
+    scaled,
+    supported,
+)
+from holo_jax.kernels import decode_stack
 from holo_jax.layers import embedding_std, lookup, project
 from holo_jax.mixers import Context
 from holo_jax.model import HoloForCausalLM, ModelState
@@ -31,6 +43,27 @@ class Form(NamedTuple):
 
 
 PORTABLE = Form()
+# A kernel joins when it has been equal to the definition, and faster, on hardware.
+AUTOMATIC: tuple[str, ...] = ()
+
+
+def choose(config: HoloConfig, rows: int) -> Form:
+    """The fastest form for this model, batch and device."""
+    if not supported(config):
+        return PORTABLE
+    programs = decode_stack.multiprocessors()
+    shape = stack.shape_of(config, rows, GROUP, max(programs, 1))
+    every = config.mlp == "swiglu" and config.norm == "rmsnorm" and not config.anchor_every
+    if "stack" in AUTOMATIC and every and decode_stack.unsupported(shape, config.precision.storage) is None:
+        return Form(stacked=True, programs=programs, early=False)
+    if "heads" in AUTOMATIC and decode_stack.unsupported_heads(shape) is None:
+        return Form(heads=True)
+    return PORTABLE
+
+
+def room(size: int) -> int:
+    """Pending writes that a group of ``size`` tokens has room for: kernels want a power of two."""
+    return max(2, 1 << (size - 1).bit_length())
 
 
 def split_held(layers: Any, size: int) -> tuple[Any, Any]:
@@ -39,10 +72,12 @@ def split_held(layers: Any, size: int) -> tuple[Any, Any]:
     Layers without held memory are all of the second kind.
     """
     if isinstance(layers[0], Held):
-        pending = jax.vmap(lambda held: begin(held, size))(layers[0])
+        pending = jax.vmap(lambda held: begin(held, room(size)))(layers[0])
         return layers[0], stack.Moving(pending, jnp.zeros((1,), jnp.int32), jnp.int32(0))
     fixed = tuple(tuple(x if isinstance(x, Held) else None for x in period) for period in layers)
-    moving = tuple(tuple(begin(x, size) if isinstance(x, Held) else x for x in period) for period in layers)
+    moving = tuple(
+        tuple(begin(x, room(size)) if isinstance(x, Held) else x for x in period) for period in layers
+    )
     return fixed, moving
 
 

@@ -25,12 +25,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
+from holo_jax.kernels.capability import compute_capability, target_device
 from holo_jax.kernels.phasor_features import sin_cos_reduced
 
 Refs = dict[str, Any]
 ROWS, DEPTH = 8, 256
 WARPS = 8
 HEAD_WARPS = 4
+MAX_ROWS = 4
+# Tiles of one part that fit a program's registers, four registers a thread each, beside what else it holds.
+MAX_TILES = 28
 _PARTS = 5
 _EPS = 1e-6
 # Polls before a program gives up; the others are then not there at all, and the result is made NaN.
@@ -118,6 +122,43 @@ def parts(shape: Shape) -> dict[str, _Part]:
         "up": _Part("up", shape.hidden, shape.width, 2),
         "down": _Part("down", shape.width, shape.hidden),
     }
+
+
+def unsupported_heads(shape: Shape) -> str | None:
+    """Why the memory kernel cannot run here, or None."""
+    capability = compute_capability()
+    if capability is None or capability < (8, 0):
+        return "its kernels need an NVIDIA GPU of compute capability 8.0 or higher"
+    for name in ("m", "d", "size"):
+        value = getattr(shape, name)
+        if value & (value - 1):
+            return f"{name} is {value}; it must be a power of two"
+    if not jax.sharding.get_abstract_mesh().empty:
+        return "the computation is on a mesh; it must be on one device"
+    return None
+
+
+def unsupported(shape: Shape, storage: Any) -> str | None:
+    """Why the kernel over all layers cannot run here, or None."""
+    reason = unsupported_heads(shape)
+    if reason is not None:
+        return reason
+    if jnp.dtype(storage) != jnp.bfloat16:
+        return f"storage is {jnp.dtype(storage)}; it must be bfloat16"
+    if shape.rows > MAX_ROWS:
+        return f"the batch has {shape.rows} rows; it must have at most {MAX_ROWS}"
+    held = {
+        name: part.tiles(shape.programs) * part.halves * part.chunks for name, part in parts(shape).items()
+    }
+    most = max(held, key=lambda name: held[name])
+    if held[most] > MAX_TILES:
+        return f"a program takes {held[most]} tiles of the weights {most}; it can hold {MAX_TILES}"
+    return None
+
+
+def multiprocessors() -> int:
+    """Of the device that a computation traced now will run on; 0 where it does not say."""
+    return int(getattr(target_device(), "core_count", 0) or 0)
 
 
 def _rows(first: Any) -> Array:
@@ -355,13 +396,17 @@ def decode_stack(shape: Shape, refs: Refs) -> None:
         met = (launch * shape.layers + layer) * _PARTS
         out = product("maps", weights, layer, lambda: walk.fetch("out", layer))
         good = walk.wait(met + 1, good)
-        for turn in range(pl.cdiv(heads, shape.programs)):
+
+        def visit(turn: Array, none: Array) -> Array:
             number = walk.program + turn * shape.programs
 
             @pl.when(number < heads)
-            def visit(number: Array = number) -> None:
+            def read() -> None:
                 walk.head(layer, number // shape.heads, number % shape.heads)
 
+            return none
+
+        jax.lax.fori_loop(0, pl.cdiv(heads, shape.programs), visit, jnp.int32(0))
         walk.arrive()
         good = walk.wait(met + 2, good)
         up = product("out", out, layer, lambda: walk.fetch("up", layer))

@@ -1,0 +1,225 @@
+"""Writes held back over a group of tokens, in every form, against the recurrence in float64."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from holo_jax import functional
+from holo_jax.config import HoloConfig
+from holo_jax.functional import MemoryState, init_memory
+from holo_jax.generate import Sampling, decoding_form, init_state, pending, prefill, stack
+from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, loop_state
+from holo_jax.generate.pending import Token
+from holo_jax.generate.stepping import Form, split_held, step
+from holo_jax.kernels import decode_stack
+from holo_jax.mixers import MemoryMixerState
+from holo_jax.model import HoloForCausalLM
+from holo_jax.precision import FULL, MIXED
+from tests.holo_jax.models import build
+
+B, H, M, D, TAPS, SIZE = 2, 2, 16, 16, 3, 4
+FAST_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+@pytest.mark.parametrize("erase", [True, False], ids=["erase", "sum"])
+def test_groups_are_the_recurrence(erase: bool) -> None:
+    """Three groups from a state with a residue that is not normalised; the second row stops in the third."""
+    rng = np.random.default_rng(0)
+    steps, stop = 3 * SIZE, 3 * SIZE - 2
+    raw, values = rng.normal(size=(steps, B, H * M)), rng.normal(size=(steps, B, H, D))
+    gates, erases = rng.uniform(size=(2, steps, B, H))
+    gates[stop:, 1] = 0
+    taps = rng.normal(size=(2, TAPS, H * M))
+    tail = rng.normal(size=(B, TAPS - 1, H * M))
+    memory = rng.normal(size=(B, H, M, D)) + 1j * rng.normal(size=(B, H, M, D))
+    residue, writes = 0.01 * memory[::-1], np.ones((B, H))
+
+    past = np.concatenate([np.moveaxis(tail, 1, 0), raw])
+    phases = [sum(own[j] * past[j : j + steps] for j in range(TAPS)) for own in taps]
+    read_phases, write_phases = (p.reshape(steps, B, H, M) for p in phases)
+    with jax.enable_x64(True):
+        wanted, end = functional.accumulate(
+            *(jnp.moveaxis(jnp.asarray(x), 0, 1) for x in (write_phases, read_phases, values, gates)),
+            jnp.moveaxis(jnp.asarray(gates * erases), 0, 1) if erase else None,
+            binding="outer",
+            method="recurrent",
+            initial_state=MemoryState(jnp.asarray(memory), jnp.asarray(residue), jnp.asarray(writes)),
+        )
+        wanted, whole, squares = (np.asarray(x) for x in (wanted, end.memory + end.residue, end.writes))
+
+    narrow = lambda x: jnp.asarray(x, jnp.complex64 if np.iscomplexobj(x) else jnp.float32)  # noqa: E731
+    content = MemoryState(narrow(memory), narrow(residue), narrow(writes))
+    held = pending.hold(MemoryMixerState(narrow(tail), content, None))
+
+    @jax.jit
+    def group(held, inputs, count):
+        def one(carry, x):
+            index, raw, values, gates, erases = x
+            token = Token(raw, values, gates, gates * erases if erase else None)
+            read, carry = pending.read_and_write(held, carry, index, token, *map(narrow, taps))
+            return carry, read
+
+        steps = jnp.arange(SIZE, dtype=jnp.int32)
+        after, reads = jax.lax.scan(one, pending.begin(held, SIZE), (steps, *inputs))
+        return pending.join(held, after, count), reads
+
+    found = []
+    for n in range(3):
+        part = slice(n * SIZE, (n + 1) * SIZE)
+        count = jnp.asarray([SIZE, min(SIZE, stop - n * SIZE)], jnp.int32)
+        held, reads = group(held, tuple(narrow(x[part]) for x in (raw, values, gates, erases)), count)
+        found.append(reads)
+    found = np.moveaxis(np.concatenate(found), 0, 1)
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(found[1, :stop], wanted[1, :stop], rtol=1e-5, atol=2e-5)
+    after = pending.release(held)
+    np.testing.assert_allclose(after.content.memory + after.content.residue, whole, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(after.content.writes, squares, rtol=1e-6)
+    ends = [past[steps:, 0], past[stop : stop + TAPS - 1, 1]]
+    np.testing.assert_allclose(after.tail, np.stack(ends), rtol=1e-6)
+
+
+def test_a_hundred_thousand_coherent_tokens_do_not_drift() -> None:
+    """Equal keys and values of one sign, where a plain float32 sum is off by 1e-3."""
+    m = d = 4
+    groups = 100_000 // pending.GROUP
+    content = init_memory(1, 1, m, d, binding="outer")
+    token = Token(jnp.full((1, m), 0.3), jnp.full((1, 1, d), 0.7), jnp.full((1, 1), 0.9), None)
+    taps = jnp.asarray([[0.0], [1.0]]) * jnp.ones((2, m))
+
+    @jax.jit
+    def run():
+        def one(held, carry, index):
+            read, carry = pending.read_and_write(held, carry, index, token, taps, taps)
+            return carry, read
+
+        def group(held, _):
+            steps = jnp.arange(pending.GROUP, dtype=jnp.int32)
+            begun = pending.begin(held, pending.GROUP)
+            after, reads = jax.lax.scan(lambda c, i: one(held, c, i), begun, steps)
+            return pending.join(held, after, jnp.full((1,), pending.GROUP, jnp.int32)), reads[-1]
+
+        start = pending.hold(MemoryMixerState(jnp.full((1, 1, m), 0.3), content, None))
+        return jax.lax.scan(group, start, length=groups)[1][-1]
+
+    exact = groups * pending.GROUP * np.float64(np.float32(0.9)) * np.float64(np.float32(0.7))
+    np.testing.assert_allclose(np.asarray(run(), np.float64), exact, rtol=2e-6)
+
+
+def small(**changes: object) -> HoloConfig:
+    sizes = dict(vocab_size=40, hidden_size=32, hd_dim=H * D, head_dim=D, phasors=M, num_hidden_layers=2)
+    return HoloConfig(**{**sizes, "short_conv": TAPS, "precision": FULL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("form", "changes"),
+    [
+        (Form(stacked=True, interpret=True), dict(hidden_size=8, hd_dim=8, head_dim=8, phasors=8)),
+        (Form(heads=True, interpret=True), dict(erase=False, num_hidden_layers=1)),
+    ],
+    ids=["stack", "heads-of-a-sum"],
+)
+def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict) -> None:
+    """Tokens, logits and state of a block in which one row ends, in Pallas' interpreter."""
+    config = small(**changes)
+    model = decoding_form(build(config))
+    graphdef, params = nnx.split(model, nnx.Param)
+    start = prefill(model, [[3, 1, 4, 1, 5], [2, 7]])
+    sampling = Sampling(temperature=2.0)
+    allowed = jnp.int32(config.vocab_size)
+    seeds = jnp.arange(2, dtype=jnp.uint32)
+    inputs = DecodingInputs(sampling.numbers, seeds, jnp.full((4,), -1, jnp.int32), allowed)
+    results = []
+    packed = stack.pack(model)
+    for own in (Form(), form):
+        state = loop_state(config, start.state, own)
+        begin = Decoding(start.logits, state, jnp.asarray([6, 3]), None)
+        lowered = decode_block.lower(
+            graphdef, params, begin, inputs, packed, steps=6, plan=sampling.plan, form=own
+        )
+        program = lowered.compile(compiler_options=FAST_COMPILE)
+        after, tokens, finite = program(params, jax.tree.map(jnp.copy, begin), inputs, packed)
+        assert finite
+        layers = pending.release_layers(after.state.layers)
+        results.append((tokens, after.logits, layers if own.stacked else stacked_layers(layers)))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *results)
+    assert (np.asarray(results[0][0])[1, 3:] == -1).all()
+
+
+def stacked_layers(layers):
+    return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+
+
+def test_the_kernels_lower_for_a_gpu() -> None:
+    """All that happens before the device's own compiler: what the interpreter accepts, Triton may not."""
+    config = small(precision=MIXED, hidden_size=64)
+    shape = stack.shape_of(config, 2, SIZE, 4)
+
+    def given():
+        model = decoding_form(HoloForCausalLM(config, rngs=nnx.Rngs(0)))
+        state = loop_state(config, init_state(config, 2), Form(stacked=True))
+        return stack.pack(model), *split_held(state.layers, SIZE)
+
+    def both(weights, held, moving):
+        index, active = jnp.int32(1), jnp.ones((2,), bool)
+        position, x = jnp.zeros((2,), jnp.uint32), jnp.zeros((2, 64), jnp.bfloat16)
+        token = (index, active, position)
+        found = stack.through(shape, weights, x, held, moving.pending, *token, moving.counter, moving.launch)
+        layer = {**weights, **moving.pending._asdict(), "memory": held.memory, "writes": held.writes}
+        layer = {name: array[:1] for name, array in layer.items()}
+        layer |= {"index": index[None], "active": jnp.ones((2,)), "position": jnp.zeros((2,))}
+        layer["y"] = jnp.zeros((2, shape.offsets["all"]))
+        return found, decode_stack.run_heads(shape._replace(layers=1), layer, jnp.bfloat16)
+
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+    shapes = jax.eval_shape(given)
+    with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of this backend of Pallas
+        lowered = jax.jit(both).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("xla.gpu.triton") == 2
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("rows", [1, 4])
+def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int) -> None:
+    """The compiled kernels, all programs together, on tokens that are given; bfloat16 against float32.
+
+    The distance of the portable form in bfloat16 from float32 is what the order of sums may cost.
+    """
+    config = HoloConfig(vocab_size=512, hidden_size=512, hd_dim=512, num_hidden_layers=3, precision=MIXED)
+    wide = build(config.replace(precision=FULL))
+    graphdef, params = nnx.split(build(config), nnx.Param)
+    model = decoding_form(nnx.merge(graphdef, params))
+    ids = np.random.default_rng(0).integers(0, 512, (rows, 12)).astype(np.int32)
+    full = np.asarray(jax.jit(lambda model, ids: model(ids).logits)(wide, ids), np.float64)[:, 4:]
+    start = prefill(model, ids[:, :4])
+    programs = decode_stack.multiprocessors()
+    distance = {}
+    for name, form in (
+        ("portable", Form()),
+        ("heads", Form(heads=True)),
+        ("stack", Form(stacked=True, programs=programs, early=False)),
+    ):
+
+        @jax.jit
+        def run(model, packed, state, ids, form=form):
+            fixed, moving = split_held(state.layers, 8)
+
+            def one(moving, x):
+                active = jnp.ones((rows,), bool)
+                hidden, moving = step(model, x[1], fixed, moving, x[0], active, None, form, packed)
+                return moving, model.logits(hidden[:, None])[:, 0]
+
+            begin = state._replace(layers=moving)
+            return jax.lax.scan(one, begin, (jnp.arange(8, dtype=jnp.int32), ids.T))[1]
+
+        packed = stack.pack(model) if form.stacked else None
+        logits = run(model, packed, loop_state(config, start.state, form), jnp.asarray(ids[:, 4:]))
+        logits = np.moveaxis(np.asarray(logits, np.float64), 0, 1)
+        distance[name] = np.sqrt(np.mean((logits - full) ** 2)) / full.std()
+    assert max(distance["heads"], distance["stack"]) < 1.25 * distance["portable"] + 1e-3
