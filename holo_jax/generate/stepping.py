@@ -163,7 +163,9 @@ def step(
         for k, block in enumerate(period.blocks):
             held, state = fixed[n][k], moving.layers[n][k]
             if held is None:
-                x, state = block(x, context, None if own_turns is None else own_turns[k], state)
+                own = None if own_turns is None else own_turns[k]
+                # With a state a block leaves nothing for the next one to add.
+                x, _, state = block(x, None, context, own, state)
             else:
                 mixed, state = _mix(
                     block.mixer, block.mixer_norm(x), held, state, index, active, moving.position, form
