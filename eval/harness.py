@@ -39,7 +39,9 @@ class Settings:
             )
         if not self.tasks:
             raise ValueError("tasks is empty; name at least one task")
-        for name in ("num_fewshot", "limit", "max_length", "seed"):
+        if self.num_fewshot < -1:
+            raise ValueError(f"num_fewshot is {self.num_fewshot}; it must be -1 (the task's own), 0 or more")
+        for name in ("limit", "max_length", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be zero or positive")
 
@@ -48,7 +50,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     """Runs the tasks.
 
     Raises:
-      UsageError: without lm_eval, saying how to install it.
+      UsageError: without lm_eval, saying how to install it; for a request that does not fit.
     """
     if settings.include_path:
         # The harness's data library asks its hub for newer versions unless it is told not to.
@@ -59,7 +61,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
         raise UsageError(f"{error}; install the extra: pip install 'holo-jax[eval]'") from error
-    from eval.lm import HoloLM
+    from eval.lm import HoloLM, TruncationError
 
     opened = open_model(settings.checkpoint, settings.random_model)
     model = HoloLM(opened, max_length=settings.max_length, rows=settings.rows, piece=settings.piece)
@@ -67,19 +69,22 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         include_path=settings.include_path or None, include_defaults=not settings.include_path
     )
     reporter.steps.expect(1)
-    found = lm_eval.simple_evaluate(
-        model=model,
-        tasks=list(settings.tasks),
-        task_manager=manager,
-        num_fewshot=settings.num_fewshot or None,
-        limit=settings.limit or None,
-        log_samples=False,
-        bootstrap_iters=1000,
-        random_seed=settings.seed,
-        numpy_random_seed=settings.seed,
-        torch_random_seed=settings.seed,
-        fewshot_random_seed=settings.seed,
-    )
+    try:
+        found = lm_eval.simple_evaluate(
+            model=model,
+            tasks=list(settings.tasks),
+            task_manager=manager,
+            num_fewshot=None if settings.num_fewshot < 0 else settings.num_fewshot,
+            limit=settings.limit or None,
+            log_samples=False,
+            bootstrap_iters=1000,
+            random_seed=settings.seed,
+            numpy_random_seed=settings.seed,
+            torch_random_seed=settings.seed,
+            fewshot_random_seed=settings.seed,
+        )
+    except TruncationError as error:
+        raise UsageError(str(error)) from error
     reporter.steps.done("lm_eval")
     counts = found["n-samples"]
     for task, entries in sorted(found["results"].items()):

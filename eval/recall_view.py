@@ -129,8 +129,26 @@ def figures(results: Results, theme: str) -> dict:
     return drawn
 
 
+def _one_test(results: Results):
+    (length, pairs), *_ = _tests(results)
+    names = sorted(_measured(results), key=lambda name: _order(family(name)))
+    figure, axes = plots.grid(1, 1, size=(8.0, 1.4 + 0.3 * len(names)))
+    axis = axes[0, 0]
+    for row, name in enumerate(names):
+        value = results.one("accuracy", model=name, length=length, pairs=pairs)
+        spread = [[value.value - value.low], [value.high - value.value]]
+        axis.errorbar([value.value], [row], xerr=spread, capsize=3, ls="none", **_look(family(name)))
+    axis.set_yticks(range(len(names)), names)
+    axis.invert_yaxis()
+    axis.set(xlim=(-0.03, 1.03), xlabel=f"accuracy at {length} tokens with {pairs} pairs")
+    axis.set_title("Multi-query associative recall")
+    return figure
+
+
 def _by_test(results: Results, theme: str):
     tests = sorted(_tests(results))
+    if len(tests) == 1:
+        return _one_test(results)
     figure, axes = plots.grid(1, 1, size=(max(8.0, 0.8 * len(tests) + 3.5), 4.8))
     axis = axes[0, 0]
     sizes = {}

@@ -136,7 +136,7 @@ def shared_numbers(evaluations: Sequence[Evaluation]) -> dict[str, list[tuple[st
         members = [e for e in evaluations if e.results.evaluation == kind]
         if len(members) < 2:
             continue
-        names = [{v.where.get("model") for v in _measured(e)} for e in members]
+        names = [{v.where.get("model") for v in _measured(e)} - {None} for e in members]
         hidden = {"model"} if all(len(found) == 1 for found in names) else set()
         keyed = []
         for member in members:

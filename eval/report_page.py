@@ -16,7 +16,7 @@ _STYLE = """
 :root { color-scheme: light dark; --paper: #ffffff; --ink: #1f2430; --muted: #667085; --line: #e4e7ec;
   --soft: #f6f7f9; --shade: #c3c9d4; --accent: #0072b2; --bad: #b42318; }
 @media (prefers-color-scheme: dark) { :root { --paper: #14171d; --ink: #e7e9ee; --muted: #9aa3b2;
-  --line: #323844; --soft: #1b1f27; --shade: #4a5364; --accent: #6cb6e8; --bad: #f97066; } }
+  --line: #323844; --soft: #1b1f27; --shade: #39404e; --accent: #6cb6e8; --bad: #f97066; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1.25rem 4rem; max-width: 76rem; background: var(--paper);
   color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -189,12 +189,43 @@ def _short(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def _number(value) -> str:
+    """A value for a table of mixed metrics: whole numbers and bytes without decimals."""
+    if value is not None and value.interval == "exact" and value.value >= 1000:
+        return f"{value.value:,.0f}"
+    return cell(value)
+
+
 def _shared(members: Sequence, rows: Sequence) -> str:
     head = ["number", *(member.name for member in members)]
-    cells = [[key, *(cell(value) for value in values)] for key, values in rows]
+    cells = [[key, *map(_number, values)] for key, values in rows]
     shown, rest = cells[:40], cells[40:]
     more = f"<details><summary>{len(rest)} more</summary>{table(head, rest)}</details>" if rest else ""
-    return table(head, shown) + more
+    return _unlike(members) + table(head, shown) + more
+
+
+def _unlike(members: Sequence) -> str:
+    """In what the results differ besides their numbers: settings, device, versions."""
+    first, *others = (member.results for member in members)
+    names = [
+        name
+        for name in sorted({key for r in (first, *others) for key in r.settings})
+        if any(r.settings.get(name) != first.settings.get(name) for r in others)
+    ]
+    names += [
+        name for name in ("device", "versions") if any(vars(r)[name] != vars(first)[name] for r in others)
+    ]
+    if not names:
+        return ""
+    return f'<p class="note">These results differ in {html.escape(", ".join(names))}.</p>'
+
+
+def _commands(joined: str) -> str:
+    """The commands behind a result, each on its line; more than two are folded away."""
+    lines = [f"<code>{html.escape(line)}</code>" for line in joined.split(" && ")]
+    if len(lines) <= 2:
+        return "".join(f"<br>{line}" for line in lines)
+    return f"</p><details class=meta><summary>{len(lines)} commands</summary><p>{'<br>'.join(lines)}"
 
 
 def _evaluation(evaluation) -> str:
@@ -204,8 +235,7 @@ def _evaluation(evaluation) -> str:
         f"<p class=meta>{html.escape(str(device.get('kind')))}, {html.escape(results.started)}, "
         f"{results.seconds:,.0f} s, commit <code>{html.escape(results.commit)}</code>, "
         f"jax {html.escape(str(results.versions.get('jax')))}"
-        + "".join(f"<br><code>{html.escape(line)}</code>" for line in results.command.split(" && "))
-        + "</p>"
+        f"{_commands(results.command)}</p>"
     ]
     for note in results.notes:
         kind = "note bad" if note.startswith(("FAILED", "unfinished")) else "note"

@@ -16,7 +16,7 @@ _VARIANTS = {
         ),
         tasks=("lambada_openai", "wikitext", "piqa", "hellaswag", "arc_easy"),
         include_path="",  # a directory of task files: only those, offline
-        num_fewshot=0,
+        num_fewshot=-1,  # examples before a question; -1 for the task's own number
         limit=0,  # documents a task; 0 for all
         max_length=0,  # tokens of a request; 0 for no limit (give models with attention one)
         rows=8,

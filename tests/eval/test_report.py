@@ -51,6 +51,7 @@ def needle(model: str) -> Results:
     values.append(
         absent("accuracy", "oom", detail="RESOURCE_EXHAUSTED", model=model, length=65536, depth=0.0)
     )
+    values.append(exact("state_bytes", 2**20, model=model, length=256))
     return results("needle", {"lengths": [256, 1024, 65536], "depths": [0.0, 1.0], "width": 256}, values)
 
 
@@ -77,6 +78,7 @@ def test_everything_is_in_one_file(page):
     assert "OOM" in text
     assert "1,234,567" in text
     assert "Needle side by side" in text
+    assert "1,048,576" in text
     links = re.findall(r'(?:src|href|srcset)="([^"]*)"', text)
     assert links
     assert all(link.startswith(("data:", "#")) for link in links)
@@ -100,7 +102,7 @@ def test_evaluations_are_found_once_and_compared(page):
     shared = report.shared_numbers(evaluations)
     assert set(shared) == {"needle"}
     assert shared["needle"][0][0] == "accuracy (length 256, depth 0.0)"
-    assert len(shared["needle"]) == 5
+    assert len(shared["needle"]) == 6
 
 
 @pytest.mark.parametrize("arguments", [[], ["missing"], ["--what=1", "."]])
