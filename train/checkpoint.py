@@ -2,7 +2,8 @@
 
 ``checkpoints/STEP/`` holds ``state`` (the train state), ``meta`` (plain values) and the manifest.
 A step whose manifest is missing or does not hold is renamed ``STEP.bad-KIND`` and never used again;
-the one before takes its place.
+the one before takes its place. Of several processes each writes what its devices hold, process 0 commits and
+deletes, and each verifies its share of the files.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import orbax.checkpoint as ocp
 
 from train.errors import CheckpointError, ResumeError
 from train.manifest import DamageError, read_manifest, sync_directory, verify, write_manifest
+from train.processes import LONG_SECONDS, Processes
 from train.run_config import CheckpointConfig
 from train.sharding import path_name
 
@@ -49,7 +51,7 @@ class CheckpointStore:
     """Saves, verifies, restores and retains the checkpoints of one run.
 
     One save is in flight at a time. An error of a background save is raised by the next ``check``,
-    ``save`` or ``wait``. The caller holds the run's lock.
+    ``save`` or ``wait``. The caller holds the run's lock. Several processes call all methods alike.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class CheckpointStore:
         directory: Path,
         config: CheckpointConfig,
         on_quarantine: Callable[[Quarantine], None] = lambda entry: None,
+        processes: Processes | None = None,
     ) -> None:
         """Opens or creates ``directory`` and clears what an interrupted save or deletion left.
 
@@ -64,6 +67,7 @@ class CheckpointStore:
           directory: ``checkpoints`` of a run directory.
           config: what to keep.
           on_quarantine: told of every step that is put aside.
+          processes: of the run.
 
         Raises:
           CheckpointError: if the directory cannot be used.
@@ -71,12 +75,10 @@ class CheckpointStore:
         self.directory = directory
         self._config = config
         self._on_quarantine = on_quarantine
-        self._primary = jax.process_index() == 0
+        self._processes = processes or Processes()
         self._save_failed = False
+        self._processes.decide("opening the checkpoints", self._make_directory)
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            if self._primary:
-                self._clear_leftovers()
             # Retention is ours, as orbax would count a step that has no manifest; and nothing of a step
             # is read before it is verified.
             options = ocp.CheckpointManagerOptions(
@@ -87,6 +89,13 @@ class CheckpointStore:
             raise CheckpointError(f"{directory} cannot be used: {error}") from None
         self._commits = ThreadPoolExecutor(max_workers=1, thread_name_prefix="commit")
         self._commit: Future[None] | None = None
+
+    def _make_directory(self) -> None:
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._clear_leftovers()
+        except OSError as error:
+            raise CheckpointError(f"{self.directory} cannot be used: {error}") from None
 
     def steps(self) -> list[int]:
         """Steps on disk that are not quarantined, committed or not, ascending."""
@@ -145,13 +154,22 @@ class CheckpointStore:
 
     def candidates(self) -> Iterator[int]:
         """Steps that verify, newest first; those that do not are quarantined on the way."""
-        for step in reversed(self.steps()):
-            try:
-                verify(self._path(step))
-            except DamageError as damage:
-                self.quarantine(step, damage.kind, str(damage))
-            else:
+        for step in reversed(self._processes.decide("listing the checkpoints", self.steps)):
+            damage = self._damage(step)
+            if damage is None:
                 yield step
+            else:
+                self.quarantine(step, *damage)
+
+    def _damage(self, step: int) -> tuple[str, str] | None:
+        """(kind, detail) of the first damage that any process finds in its share of a step's files."""
+        own = None
+        try:
+            verify(self._path(step), (self._processes.index, self._processes.count))
+        except DamageError as damage:
+            own = [damage.kind, str(damage)]
+        found = [entry for entry in self._processes.exchange("verifying a checkpoint", own) if entry]
+        return (found[0][0], found[0][1]) if found else None
 
     def read_meta(self, step: int) -> dict[str, Any]:
         """The plain values of a verified step."""
@@ -188,14 +206,18 @@ class CheckpointStore:
 
     def quarantine(self, step: int, kind: str, reason: str) -> Quarantine:
         """Renames a step so that it is neither read nor in the way of a new save."""
-        source = self._path(step)
-        target = self.directory / f"{step}.bad-{kind}"
-        number = 2
-        while target.exists():
-            target = self.directory / f"{step}.bad-{kind}-{number}"
-            number += 1
-        source.rename(target)
-        sync_directory(self.directory)
+
+        def put_aside() -> str:
+            target = self.directory / f"{step}.bad-{kind}"
+            number = 2
+            while target.exists():
+                target = self.directory / f"{step}.bad-{kind}-{number}"
+                number += 1
+            self._path(step).rename(target)
+            sync_directory(self.directory)
+            return target.name
+
+        target = self.directory / self._processes.decide("putting a checkpoint aside", put_aside)
         # Without this the manager still lists the step and would refuse to save it again.
         self._manager.reload()
         entry = Quarantine(step, target, reason)
@@ -206,14 +228,19 @@ class CheckpointStore:
         return self.directory / str(step)
 
     def _finish(self, step: int, metric: float | None) -> None:
-        """In the background: waits for orbax, writes the manifest, deletes what need not be kept."""
+        """In the background: waits for orbax, writes the manifest, deletes what need not be kept.
+
+        Orbax is done in process 0 only when it is in all. A failure in one ends all (``train.processes``), so
+        the others may wait for the manifest without a limit.
+        """
         try:
             self._manager.wait_until_finished()
-            if self._primary:
+            if self._processes.primary:
                 write_manifest(self._path(step), {"step": step, "metric": metric})
         except Exception as error:
             raise self._failed(step, error) from error
-        if self._primary:
+        self._processes.exchange("the commit of a checkpoint", None, LONG_SECONDS)
+        if self._processes.primary:
             self._delete_old()
 
     def _check_space(self, step: int, state: Any) -> None:
@@ -232,7 +259,7 @@ class CheckpointStore:
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         """Removes what a failed save has written; its writers may still be at work for a moment."""
         self._save_failed = True
-        for _ in range(_SETTLE_TRIES):
+        for _ in range(_SETTLE_TRIES if self._processes.primary else 0):
             self._clear_leftovers()
             if self._path(step).exists():
                 self._delete(step)

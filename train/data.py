@@ -1,8 +1,9 @@
 """Batches whose content depends on (datasets, seed, step, global batch size) and on nothing else.
 
-The record at place p of the endless shuffled stream belongs to step ``p // global_batch_size``. A
-process reads only its own contiguous rows of each global batch, so the number of hosts, of threads
-and of restarts cannot change what is trained on, and the whole position is one integer: the step.
+The record at place p of the endless shuffled stream is row ``p % global_batch_size`` of the batch of step
+``p // global_batch_size``. A process reads only the rows of each batch that its devices hold, so the number
+of processes, of threads and of restarts cannot change what is trained on, and the whole position is one
+integer: the step.
 """
 
 import dataclasses
@@ -80,16 +81,15 @@ class _ProcessSteps:
     places: grain.MapDataset
     datasets: tuple[Dataset, ...]
     global_batch_size: int
-    first_row: int
-    rows: int
+    rows: tuple[int, ...]
     start_step: int
 
     def __len__(self) -> int:
         return sys.maxsize // self.global_batch_size - self.start_step
 
     def __getitem__(self, index: int) -> Record:
-        begin = (self.start_step + int(index)) * self.global_batch_size + self.first_row
-        chosen = (self.places[place] for place in range(begin, begin + self.rows))
+        begin = (self.start_step + int(index)) * self.global_batch_size
+        chosen = (self.places[begin + row] for row in self.rows)
         records = [self.datasets[which][record] for which, record in chosen]
         return {name: np.stack([record[name] for record in records]) for name in records[0]}
 
@@ -124,26 +124,23 @@ def make_loader(
     seed: int,
     global_batch_size: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_threads: int = 2,
     shuffle: bool = True,
 ) -> Loader:
-    """Endless batches of ``dict(tokens, segment_ids, positions)``, int32 [rows, t], from ``start_step`` on.
+    """Endless batches of ``dict(tokens, segment_ids, positions)``, int32 [r, t], from ``start_step`` on.
 
-    Batch s depends on (data, seed, s, global_batch_size) only: the concatenation over processes of
-    their rows is the same global batch for any ``process_count`` that divides it, any
-    ``num_threads`` and any ``start_step``. Starting at a step costs O(1). An epoch holds every
-    record exactly once, and each epoch of each seed is shuffled anew. A mixture draws from its
-    datasets in proportion to the weights, each dataset running through its own epochs.
+    Batch s depends on (data, seed, s, global_batch_size) only, and row i of it is the same whichever
+    ``rows`` are read, with any ``num_threads`` and any ``start_step``. Starting at a step costs O(1).
+    An epoch holds every record exactly once, and each epoch of each seed is shuffled anew. A mixture
+    draws from its datasets in proportion to the weights, each dataset running through its own epochs.
 
     Args:
       data: one dataset or a mixture.
       seed: of the shuffle, 0 to 2^32 - 1.
       global_batch_size: records in a step over all processes.
       start_step: number of the first batch.
-      process_index, process_count: which rows to read: the ``process_index``-th of ``process_count``
-        equal contiguous slices.
+      rows: which rows of each batch to read, in this order; all by default.
       num_threads: prefetch threads; 0 reads in the caller's thread.
       shuffle: False keeps record order (evaluation).
 
@@ -152,11 +149,12 @@ def make_loader(
     """
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; it must be in [0, 2^32)")
-    if process_count < 1 or not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} must be in [0, process_count={process_count})")
-    if global_batch_size < 1 or global_batch_size % process_count:
+    if global_batch_size < 1:
+        raise ValueError(f"global_batch_size is {global_batch_size}; it must be positive")
+    wanted = tuple(range(global_batch_size) if rows is None else rows)
+    if not wanted or not 0 <= min(wanted) <= max(wanted) < global_batch_size:
         raise ValueError(
-            f"global_batch_size {global_batch_size} must be a positive multiple of {process_count} processes"
+            f"rows are {wanted}; they must be some in [0, global_batch_size={global_batch_size})"
         )
     if start_step < 0:
         raise ValueError(f"start_step is {start_step}; it must not be negative")
@@ -171,8 +169,5 @@ def make_loader(
         for number, dataset in enumerate(mixture.datasets)
     ]
     places = streams[0] if len(streams) == 1 else grain.MapDataset.mix(streams, weights=list(mixture.weights))
-    rows = global_batch_size // process_count
-    source = _ProcessSteps(
-        places, tuple(mixture.datasets), global_batch_size, process_index * rows, rows, start_step
-    )
+    source = _ProcessSteps(places, tuple(mixture.datasets), global_batch_size, wanted, start_step)
     return Loader(source, num_threads)

@@ -22,6 +22,7 @@ class TrainError(RuntimeError):
     """A run cannot go on. The message is complete in one line."""
 
     exit_code = EXIT_FAILED
+    known_to_all = False  # whether every process of the run raises it, see ``train.processes``
 
 
 class UsageError(TrainError):

@@ -3,7 +3,7 @@
 import gzip
 import lzma
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import numpy as np
 from train.corpus.dataset import Dataset, Document, Mixture, Record, segments_to_record
 from train.data import make_loader
 from train.errors import ConfigError
-from train.sharding import put_batch
+from train.sharding import local_rows, put_batch
 
 Evaluate = Callable[[Any, Any], tuple[Any, Any]]
 
@@ -31,15 +31,11 @@ def check_heldout(heldout: Dataset | Mixture, num_batches: int, batch_size: int)
         )
 
 
-def heldout_batches(heldout: Dataset | Mixture, num_batches: int, batch_size: int) -> Iterator[Record]:
-    """This process's rows of the evaluated batches: the same ones, in the same order, every time."""
-    loader = make_loader(
-        heldout,
-        seed=0,
-        global_batch_size=batch_size,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+def heldout_batches(
+    heldout: Dataset | Mixture, num_batches: int, batch_size: int, rows: Sequence[int] | None = None
+) -> Iterator[Record]:
+    """Some rows (all by default) of the evaluated batches: the same ones, in the same order, every time."""
+    loader = make_loader(heldout, seed=0, global_batch_size=batch_size, rows=rows)
     try:
         for _ in range(num_batches):
             yield next(loader)
@@ -109,8 +105,10 @@ def bits_per_byte(
 ) -> float:
     """Code length of whole documents in bits per byte of their text, marks of their ends included.
 
-    Each token is predicted from at most ``length - 1`` tokens before it in its document.
+    Each token is predicted from at most ``length - 1`` tokens before it in its document. Of several processes
+    each reads all documents, and computes the rows that its devices hold.
     """
+    rows = None if jax.process_count() == 1 else local_rows(sharding, batch_size)
     total, text_bytes = 0.0, 0
 
     def counted() -> Iterator[Document]:
@@ -120,6 +118,8 @@ def bits_per_byte(
             yield document
 
     for batch in batched(windows(counted(), length), batch_size):
+        if rows is not None:
+            batch = {name: values[rows] for name, values in batch.items()}
         loss_sum, _ = jax.device_get(evaluate(params, put_batch(batch, 1, sharding)))
         total += float(loss_sum)
     return total / math.log(2) / text_bytes

@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train.errors import LockError, StorageError
+from train.errors import LockError, StorageError, UsageError
 
 LOCK_FILE = ".lock"
 _TOUCH_SECONDS = 30.0
 _STALE_SECONDS = 600.0
 _MAX_CHARACTERS = 1 << 16
+_SHARED_SECONDS = 60.0
 
 
 class RunLock:
@@ -60,6 +61,7 @@ class RunLock:
         self._file.truncate()
         json.dump({"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}, self._file)
         self._file.flush()
+        os.fsync(self._file.fileno())  # seen by other machines, see ``check_shared``
 
     def _owner(self) -> dict[str, Any]:
         self._file.seek(0)
@@ -101,6 +103,36 @@ class RunLock:
         self._file.seek(0)
         self._file.truncate()
         self._file.close()
+
+
+def read_lock(workdir: Path) -> str:
+    """The owner of a run directory as its lock has it; "" without one."""
+    try:
+        with open(workdir / LOCK_FILE, "rb") as file:
+            return file.read(_MAX_CHARACTERS).decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def check_shared(workdir: Path, lock: str, seconds: float = _SHARED_SECONDS) -> None:
+    """Checks that this process sees the run directory that another has locked, not one of the same name.
+
+    Args:
+      workdir: run directory.
+      lock: ``read_lock`` of the process that holds it.
+      seconds: how long a network file system may take to show it.
+
+    Raises:
+      UsageError: if it is another directory.
+    """
+    deadline = time.monotonic() + seconds
+    while read_lock(workdir) != lock:
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"{workdir} on {socket.gethostname()} is not the directory that process 0 works in; "
+                "several processes need a run directory that all of them see"
+            )
+        time.sleep(0.2)
 
 
 def _describe(owner: dict[str, Any]) -> str:

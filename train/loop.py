@@ -19,20 +19,30 @@ from train.corpus.dataset import Record
 from train.corpus.tokenizers import save_tokenizer
 from train.data import Loader, make_loader
 from train.decisions import Rollback, batch_of_step, before, read_rollbacks
-from train.errors import MeshError, StorageError
+from train.errors import StorageError
 from train.evaluate import check_heldout, heldout_batches, mean_loss
 from train.inputs import Inputs, open_inputs
-from train.lock import RunLock
-from train.metrics import MetricsLog
+from train.lock import RunLock, check_shared, read_lock
+from train.metrics import MetricsLog, Unrecorded
 from train.model_functions import ModelFunctions, model_functions
 from train.optimizer import learning_rate_schedule, make_optimizer
-from train.preemption import StopRequest, stop_on_signals
+from train.preemption import AgreedStop, StopRequest, stop_on_signals
+from train.processes import Processes
 from train.progress import ProgressDisplay
 from train.recorder import Recorder, RollbackNeeded
-from train.resume import CHECKPOINT_DIRECTORY, check_identity, restore_newest
+from train.resume import CHECKPOINT_DIRECTORY, check_identity, check_same_request, restore_newest
 from train.rollback import decide_rollback
 from train.run_config import OptimizerConfig, RunConfig
-from train.sharding import batch_sharding, check_batch, check_model, make_mesh, put_batch, replicated
+from train.sharding import (
+    batch_sharding,
+    check_batch,
+    check_model,
+    check_processes,
+    local_rows,
+    make_mesh,
+    put_batch,
+    replicated,
+)
 from train.step import StepFunctions, TrainState, make_step_functions
 from train.summary import summarize
 from train.watchdog import Watchdog
@@ -78,33 +88,51 @@ def train(
     """
     watchdog = Watchdog(config.watchdog)
     watchdog.arm("startup")
+    processes = Processes(config.watchdog.startup_seconds / 2)
     try:
-        if jax.process_count() > 1:
-            raise MeshError(
-                f"this run has {jax.process_count()} processes; it must have one (many devices are fine)"
-            )
-        mesh = make_mesh(config.mesh, devices)
-        check_batch(mesh, config.global_batch_size, config.accumulation_steps, config.context_length)
-        inputs = open_inputs(config)
-        check_heldout(inputs.heldout, config.eval.num_batches, config.eval.global_batch_size)
-        check_batch(mesh, config.eval.global_batch_size, 1, inputs.heldout.context_length)
-        for length in (config.context_length, inputs.heldout.context_length):
-            check_model(mesh, config.model, length)
-        functions, steps = build(config.model, config.optimizer, config.num_steps, mesh)
-        changes = check_identity(workdir, config, inputs.identity, accept)
-
-        if display is None:
-            display = ProgressDisplay(config.num_steps, config.tokens_per_step, config.log.every_steps)
-        if stop is None:
-            stop = StopRequest()
         with contextlib.ExitStack() as stack:
+            stack.enter_context(processes.ending_together())
+            mesh = processes.together("checking the mesh", lambda: _check_mesh(config, devices))
+            inputs = processes.in_turn("opening the data", lambda: open_inputs(config))
+            functions, steps = processes.together("the model", lambda: _check_sizes(config, mesh, inputs))
+            check_same_request(processes, {"config": config.to_dict(), "data": inputs.identity})
+            changes = processes.decide(
+                "comparing with the run directory",
+                lambda: check_identity(workdir, config, inputs.identity, accept),
+            )
+            if display is None:
+                display = ProgressDisplay(
+                    config.num_steps,
+                    config.tokens_per_step,
+                    config.log.every_steps,
+                    quiet=not processes.primary,
+                )
+            if stop is None:
+                stop = StopRequest() if processes.count == 1 else AgreedStop(processes)
             stack.enter_context(stop_on_signals(stop))
-            run = _open_run(stack, config, workdir, mesh, inputs, functions, steps, watchdog, display, stop)
+            run = _open_run(
+                stack, config, workdir, mesh, inputs, functions, steps, watchdog, display, stop, processes
+            )
             for change in changes:
                 display.message(f"accepted change of {change}")
             return _run(run)
     finally:
         watchdog.disarm()
+
+
+def _check_mesh(config: RunConfig, devices: Sequence[jax.Device] | None) -> Mesh:
+    mesh = make_mesh(config.mesh, devices)
+    check_processes(mesh)
+    check_batch(mesh, config.global_batch_size, config.accumulation_steps, config.context_length)
+    return mesh
+
+
+def _check_sizes(config: RunConfig, mesh: Mesh, inputs: Inputs) -> tuple[ModelFunctions, StepFunctions]:
+    check_heldout(inputs.heldout, config.eval.num_batches, config.eval.global_batch_size)
+    check_batch(mesh, config.eval.global_batch_size, 1, inputs.heldout.context_length)
+    for length in (config.context_length, inputs.heldout.context_length):
+        check_model(mesh, config.model, length)
+    return build(config.model, config.optimizer, config.num_steps, mesh)
 
 
 @functools.lru_cache(maxsize=8)
@@ -131,7 +159,8 @@ class _Run:
     watchdog: Watchdog
     display: ProgressDisplay
     stop: StopRequest
-    lock: RunLock
+    processes: Processes
+    lock: RunLock | None
     store: CheckpointStore
     rollbacks: list[Rollback]
 
@@ -147,28 +176,61 @@ def _open_run(
     watchdog: Watchdog,
     display: ProgressDisplay,
     stop: StopRequest,
+    processes: Processes,
 ) -> _Run:
     """Takes the run directory: lock, configuration, checkpoints."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(workdir)
-        stack.callback(lock.close)
-        config.write(workdir, inputs.identity)
-        if inputs.tokenizer is not None:
-            save_tokenizer(inputs.tokenizer, workdir / TOKENIZER)
-    except OSError as error:
-        raise StorageError(f"{workdir} cannot be written: {error.strerror}") from None
+    lock = None
+
+    def take() -> str:
+        nonlocal lock
+        try:
+            workdir.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(workdir)
+            stack.callback(lock.close)
+            config.write(workdir, inputs.identity)
+            if inputs.tokenizer is not None:
+                save_tokenizer(inputs.tokenizer, workdir / TOKENIZER)
+        except OSError as error:
+            raise StorageError(f"{workdir} cannot be written: {error.strerror}") from None
+        return read_lock(workdir)
+
+    owner = processes.decide("taking the run directory", take)
+    processes.together("looking for the run directory", lambda: check_shared(workdir, owner))
     store = CheckpointStore(
         workdir / CHECKPOINT_DIRECTORY,
         config.checkpoint,
         lambda entry: display.message(f"checkpoint {entry.step} put aside as {entry.path}: {entry.reason}"),
+        processes,
     )
-    stack.callback(store.close)
+    stack.push(lambda kind, error, trace: _close(store, processes, error))
     stack.callback(display.close)
-    rollbacks = read_rollbacks(workdir)
+    rollbacks = [
+        Rollback(**values)
+        for values in processes.decide(
+            "reading the rollbacks", lambda: [dataclasses.asdict(entry) for entry in read_rollbacks(workdir)]
+        )
+    ]
     return _Run(
-        config, workdir, mesh, inputs, functions, steps, watchdog, display, stop, lock, store, rollbacks
+        config,
+        workdir,
+        mesh,
+        inputs,
+        functions,
+        steps,
+        watchdog,
+        display,
+        stop,
+        processes,
+        lock,
+        store,
+        rollbacks,
     )
+
+
+def _close(store: CheckpointStore, processes: Processes, error: BaseException | None) -> None:
+    """Waits for the last save, unless an error of this process has to end the others first."""
+    if error is None or processes.count == 1 or getattr(error, "known_to_all", False):
+        store.close()
 
 
 def _run(run: _Run) -> Result:
@@ -177,7 +239,7 @@ def _run(run: _Run) -> Result:
     while True:
         state = _start(run)
         step = int(state.step)
-        log = MetricsLog(run.workdir, step, tensorboard=config.log.tensorboard)
+        log = _open_log(run, step)
         if missing := log.missing_steps(step):
             run.display.message(f"warning: {log.path} lacks {missing} of the first {step} steps")
         try:
@@ -186,7 +248,13 @@ def _run(run: _Run) -> Result:
         except RollbackNeeded as needed:
             run.watchdog.arm("save")
             decide_rollback(
-                run.workdir, run.store, run.rollbacks, config.guard, needed.step, run.display.message
+                run.workdir,
+                run.store,
+                run.rollbacks,
+                config.guard,
+                needed.step,
+                run.display.message,
+                run.processes,
             )
         finally:
             log.close()
@@ -207,25 +275,39 @@ def _run(run: _Run) -> Result:
         run.mesh,
         state.params,
         run.display.message,
+        run.processes.primary,
     )
     return Result(step, "", summary)
+
+
+def _open_log(run: _Run, step: int) -> MetricsLog:
+    if not run.processes.primary:
+        return Unrecorded()
+    return MetricsLog(run.workdir, step, tensorboard=run.config.log.tensorboard)
 
 
 def _start(run: _Run) -> TrainState:
     """The state to go on from: the newest good checkpoint, or a new one, committed as step 0."""
     run.watchdog.arm("startup")
     steps = run.steps
-    restored = restore_newest(run.workdir, run.store, run.rollbacks, steps.shapes, steps.shardings)
+    restored = restore_newest(
+        run.workdir, run.store, run.rollbacks, steps.shapes, steps.shardings, run.processes
+    )
     if restored is not None:
         run.display.message(f"going on from checkpoint {restored.step} in {run.workdir}")
         return restored.state
     parameters = count_parameters(steps.shapes.params)
-    run.display.message(f"new run in {run.workdir}: {parameters:,} parameters on {run.mesh.size} device(s)")
+    run.display.message(f"new run in {run.workdir}: {parameters:,} parameters on {_where(run)}")
     seed = np.asarray(jax.random.key_data(jax.random.key(run.config.seed, impl="threefry2x32")))
     state = steps.init(jax.device_put(seed, replicated(run.mesh)))
     run.store.save(0, state, _meta(run, 0, 0))
     run.store.wait()
     return state
+
+
+def _where(run: _Run) -> str:
+    many = f" of {run.processes.count} processes" if run.processes.count > 1 else ""
+    return f"{run.mesh.size} device(s){many}"
 
 
 def _train_steps(run: _Run, state: TrainState, log: MetricsLog) -> TrainState:
@@ -254,15 +336,18 @@ def _train_steps(run: _Run, state: TrainState, log: MetricsLog) -> TrainState:
             if last or (config.eval.every_steps and done % config.eval.every_steps == 0):
                 extra["heldout_loss"] = _heldout_loss(run, state)
             save_owed = save_owed or done % config.checkpoint.every_steps == 0
-            if extra or save_owed or last or run.stop:
+            stopping = run.stop.reached()
+            if extra or save_owed or last or stopping:
                 nonfinite_run = recorder.flush(extra)
+                stopping = stopping or run.stop.reached()
                 # In a run of skipped steps a periodic save waits, so that there is a state from before it.
-                if last or run.stop or (save_owed and not nonfinite_run):
+                if last or stopping or (save_owed and not nonfinite_run):
                     _save(run, state, done, nonfinite_run, extra.get("heldout_loss"), log)
                     save_owed = False
             run.store.check()
-            run.lock.check()
-            if run.stop:
+            if run.lock is not None:
+                run.lock.check()
+            if stopping:
                 break
     return state
 
@@ -274,19 +359,24 @@ def _loader(run: _Run, step: int) -> Loader:
         seed=run.config.seed,
         global_batch_size=run.config.global_batch_size,
         start_step=batch_of_step(step, run.rollbacks),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows=_rows(run, run.config.global_batch_size, run.config.accumulation_steps),
         num_threads=run.config.data.num_threads,
     )
+
+
+def _rows(run: _Run, global_batch_size: int, accumulation_steps: int = 1) -> list[int] | None:
+    """The rows of each batch that this process reads; None for all."""
+    if run.processes.count == 1:
+        return None
+    return local_rows(batch_sharding(run.mesh), global_batch_size, accumulation_steps)
 
 
 def _heldout_loss(run: _Run, state: TrainState) -> float:
     evaluation = run.config.eval
 
     def batches() -> Iterator[Record]:
-        for batch in heldout_batches(
-            run.inputs.heldout, evaluation.num_batches, evaluation.global_batch_size
-        ):
+        size = evaluation.global_batch_size
+        for batch in heldout_batches(run.inputs.heldout, evaluation.num_batches, size, _rows(run, size)):
             run.watchdog.arm("step")
             yield batch
 
@@ -310,5 +400,6 @@ def _save(
     """Starts saving a checkpoint; the record of the steps it covers is on disk before it can be committed."""
     run.watchdog.arm("save")
     log.sync()
-    run.lock.check_present()
+    if run.lock is not None:
+        run.lock.check_present()
     run.store.save(step, state, _meta(run, step, nonfinite_run), metric)

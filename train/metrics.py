@@ -121,6 +121,26 @@ class MetricsLog:
         return StorageError(f"{self.path.parent}: the record cannot be written: {error.strerror or error}")
 
 
+class Unrecorded(MetricsLog):
+    """The record as seen by a process that does not write it: process 0 does."""
+
+    def __init__(self) -> None:
+        self.recent = deque()
+
+    def missing_steps(self, last_step: int) -> int:
+        """Process 0 says."""
+        return 0
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Process 0 writes the same row."""
+
+    def sync(self) -> None:
+        """There is nothing to bring to disk."""
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+
 class _Events:
     """TensorBoard scalars, written in the caller's thread so that errors reach the caller."""
 

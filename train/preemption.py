@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: finish the step, save, exit; a second Ctrl-C exits at once."""
+"""Signals that ask a run to stop: all finish the same step, save, exit; a second Ctrl-C exits at once."""
 
 import contextlib
 import os
@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from types import FrameType
 
 from train.errors import EXIT_INTERRUPTED
+from train.processes import Processes
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_STOP = "holo/stop"
 
 
 class StopRequest:
@@ -28,6 +30,45 @@ class StopRequest:
         if not self._event.is_set():
             self.signal_name = signal_name
             self._event.set()
+
+    def reached(self) -> bool:
+        """Whether to stop here; asked once a step."""
+        return bool(self)
+
+
+class AgreedStop(StopRequest):
+    """A stop that one process asks for and all make after the same step.
+
+    The first request reaches a thread of every process. These threads meet while no process can begin another
+    step, and agree on the furthest step that any has begun, which all can still do. It takes no time while
+    nobody asks, and no device.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        super().__init__()
+        self._processes = processes
+        self._lock = threading.Lock()
+        self._asked = 0  # calls of ``reached`` that let the run go on; equal in all at the same step
+        self._until: int | None = None
+        processes.watch(_STOP, self._agree)
+
+    def set(self, signal_name: str) -> None:
+        """Asks all to stop."""
+        self._processes.tell(_STOP, signal_name)
+
+    def reached(self) -> bool:
+        """Whether to stop here, the same in all processes."""
+        with self._lock:
+            if self._until is not None and self._asked >= self._until:
+                self._event.set()
+                return True
+            self._asked += 1
+            return False
+
+    def _agree(self, signal_name: str) -> None:
+        with self._lock:
+            self._until = max(self._processes.exchange("the stop", self._asked))
+            self.signal_name = signal_name
 
 
 @contextlib.contextmanager

@@ -12,18 +12,29 @@ _SMOOTHING = 0.1
 
 
 class ProgressDisplay:
-    """Shows step, loss, tokens per second and time left; prints messages without tearing the bar."""
+    """Shows step, loss, tokens per second and time left; prints messages without tearing the bar.
+
+    ``quiet`` shows nothing: of several processes one speaks.
+    """
 
     def __init__(
-        self, num_steps: int, tokens_per_step: int, every_steps: int, stream: TextIO | None = None
+        self,
+        num_steps: int,
+        tokens_per_step: int,
+        every_steps: int,
+        stream: TextIO | None = None,
+        *,
+        quiet: bool = False,
     ) -> None:
         self._num_steps, self._tokens, self._every = num_steps, tokens_per_step, every_steps
-        self._console = Console(file=stream or sys.stdout, highlight=False, markup=False, soft_wrap=True)
+        self._console = Console(
+            file=stream or sys.stdout, highlight=False, markup=False, soft_wrap=True, quiet=quiet
+        )
         self._bar: Progress | None = None
         self._task: Any = None
         self._seconds: float | None = None
         self._last: float | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             columns = (TextColumn("step {task.completed:>6}/{task.total}"), BarColumn())
             self._bar = Progress(*columns, TextColumn("{task.fields[text]}"), console=self._console)
             self._task = self._bar.add_task("train", total=num_steps, text="compiling")

@@ -9,6 +9,7 @@ from train.checkpoint import CheckpointStore, Restored
 from train.decisions import DECISIONS_FILE, Rollback, before
 from train.errors import CheckpointError, ResumeError, UsageError
 from train.metrics import METRICS_FILE, iterate_rows
+from train.processes import Processes
 from train.run_config import CONFIG_FILE, IDENTITY, RunConfig, differences
 
 CHECKPOINT_DIRECTORY = "checkpoints"
@@ -68,8 +69,34 @@ def _with_identity(config: RunConfig, identity: Any) -> dict[str, Any]:
     return values
 
 
+def check_same_request(processes: Processes, request: Mapping[str, Any]) -> None:
+    """Checks that all processes were asked for the same run.
+
+    Args:
+      processes: of the run.
+      request: plain values.
+
+    Raises:
+      UsageError: naming the first process that was asked for another one than process 0, field by field.
+    """
+
+    def check() -> None:
+        for index, other in enumerate(requests):
+            if found := differences(requests[0], other):
+                lines = "; ".join(f"{name}: {_short(a)}, {_short(b)}" for name, (a, b) in found.items())
+                raise UsageError(f"processes 0 and {index} were asked for different runs: {lines}")
+
+    requests = processes.exchange("comparing the requests", json.loads(json.dumps(request)))
+    processes.decide("comparing the requests", check)
+
+
 def restore_newest(
-    workdir: Path, store: CheckpointStore, rollbacks: list[Rollback], shapes: Any, shardings: Any
+    workdir: Path,
+    store: CheckpointStore,
+    rollbacks: list[Rollback],
+    shapes: Any,
+    shardings: Any,
+    processes: Processes,
 ) -> Restored | None:
     """The newest good checkpoint of the run as its rollbacks left it; None for a run that never began.
 
@@ -90,7 +117,7 @@ def restore_newest(
             store.quarantine(step, "abandoned", "a rollback has gone back before it")
             continue
         return store.restore(step, shapes, shardings)
-    refuse_fresh_start(workdir, store)
+    processes.decide("looking for traces of a run", lambda: refuse_fresh_start(workdir, store))
     return None
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from train.checkpoint import CheckpointStore
 from train.decisions import Rollback, append_rollback, batch_of_step
 from train.errors import DivergedError
+from train.processes import Processes
 from train.run_config import GuardConfig
 
 
@@ -16,6 +17,7 @@ def decide_rollback(
     guard: GuardConfig,
     at_step: int,
     say: Callable[[str], None],
+    processes: Processes,
 ) -> None:
     """Decides to go back to the last checkpoint before the run of skipped steps, leaving out the data since.
 
@@ -30,6 +32,7 @@ def decide_rollback(
       guard: the bounds.
       at_step: the last of the skipped steps.
       say: tells a person.
+      processes: of the run; all come to the same decision, and process 0 records it.
 
     Raises:
       DivergedError: if the rollbacks are used up, or no checkpoint from before is left.
@@ -48,7 +51,7 @@ def decide_rollback(
     else:
         raise DivergedError(f"{reason}, and no checkpoint from before them is left to go back to")
     rollback = Rollback(step, batch_of_step(at_step, rollbacks), at_step, reason)
-    append_rollback(workdir, rollback)
+    processes.decide("the record of a rollback", lambda: append_rollback(workdir, rollback))
     rollbacks.append(rollback)
     say(
         f"rollback: {reason}; back to checkpoint {step}, going on with batch {rollback.batch} "

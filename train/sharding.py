@@ -5,7 +5,7 @@ activations lie, is said in ``holo_jax.parallel``.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -152,14 +152,70 @@ def optimizer_shardings(mesh: Mesh | AbstractMesh, opt_shapes: Any, param_shardi
     return jax.tree_util.tree_map_with_path(sharding, opt_shapes)
 
 
+def check_processes(mesh: Mesh) -> None:
+    """Checks that every process has its share of the mesh.
+
+    Raises:
+      MeshError: if some have more devices in it than others.
+    """
+    counts = [0] * jax.process_count()
+    for device in mesh.devices.flat:
+        counts[device.process_index] += 1
+    if min(counts) != max(counts):
+        raise MeshError(
+            f"the mesh has {mesh.size} device(s), {min(counts)} to {max(counts)} of each of {len(counts)} "
+            "processes; it must have equally many of each (mesh.devices: 0 for all)"
+        )
+
+
+def local_rows(
+    sharding: NamedSharding,
+    global_batch_size: int,
+    accumulation_steps: int = 1,
+    devices: Collection[jax.Device] | None = None,
+) -> list[int]:
+    """Which rows of a global batch a process's devices hold a part of, in the order ``put_batch`` takes them.
+
+    Devices that divide a sequence or the model hold the same rows, wherever they are.
+
+    Args:
+      sharding: ``batch_sharding``.
+      global_batch_size, accumulation_steps: row ``i`` of the batch is in part ``i // (size / steps)``.
+      devices: this process's by default.
+    """
+    part = global_batch_size // accumulation_steps
+    size = part // _ways(sharding)
+    inside = [block * size + row for block in _blocks(sharding, devices) for row in range(size)]
+    return [first + row for first in range(0, global_batch_size, part) for row in inside]
+
+
+def _ways(sharding: NamedSharding) -> int:
+    return math.prod(sharding.mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def _blocks(sharding: NamedSharding, devices: Collection[jax.Device] | None) -> list[int]:
+    """The numbers of the equal blocks of rows that lie on some devices."""
+    here = sharding.addressable_devices if devices is None else devices
+    places = sharding.devices_indices_map((1, _ways(sharding), sharding.mesh.shape[SEQ]))
+    return sorted({places[device][1].indices(_ways(sharding))[0] for device in here if device in places})
+
+
 def put_batch(batch: Mapping[str, np.ndarray], accumulation_steps: int, sharding: NamedSharding) -> dict:
-    """This process's rows [b, t] onto the devices as [accumulation, b / accumulation, t]."""
+    """A process's rows [b, t] (``local_rows``) onto the devices as [accumulation, b / accumulation, t]."""
 
     def put(rows: np.ndarray) -> jax.Array:
         parts = rows.reshape(accumulation_steps, rows.shape[0] // accumulation_steps, *rows.shape[1:])
         if jax.process_count() == 1:
             return jax.device_put(parts, sharding)
-        return jax.make_array_from_process_local_data(sharding, parts)
+        blocks = _blocks(sharding, None)
+        size = parts.shape[1] // len(blocks)
+
+        def part(index: Any) -> np.ndarray:
+            first = blocks.index((index[1].start or 0) // size) * size
+            return parts[index[0], first : first + size, index[2]]
+
+        shape = (accumulation_steps, size * _ways(sharding), *rows.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
 
     return {name: put(batch[name]) for name in ("tokens", "segment_ids")}
 

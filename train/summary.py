@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from holo_jax.generate import Sampling, generate
 from holo_jax.model import count_parameters
+from train.corpus.dataset import Document
 from train.evaluate import bits_per_byte, compressor_bits_per_byte
 from train.inputs import Inputs
 from train.metrics import METRICS_FILE, iterate_rows
 from train.model_functions import ModelFunctions, Params
 from train.plots import LOSS_FILE, plot_loss
 from train.run_config import RunConfig
-from train.sharding import batch_sharding
+from train.sharding import batch_sharding, replicated
 from train.step import StepFunctions
 
 SUMMARY_FILE = "summary.json"
@@ -40,15 +42,26 @@ def summarize(
     mesh: Mesh,
     params: Params,
     say: Callable[[str], None],
+    primary: bool = True,
 ) -> dict[str, Any]:
     """Writes ``summary.json`` and ``loss.png`` and tells the outcome.
 
+    Of several processes all take part in what is computed from divided parameters; the rest is left to the
+    ``primary`` one.
+
     Returns:
-      What ``summary.json`` holds: ``params``, ``steps``, ``tokens``, ``loss`` (mean of the last steps),
-      ``heldout_loss`` (nats per token, last evaluation), ``tokens_per_second`` (of the median step), and with
-      ``config.eval.heldout_summary`` ``heldout_bits_per_byte``, ``gzip_bits_per_byte``,
-      ``xz_bits_per_byte``, ``heldout_bytes``.
+      Empty but in the primary process. There what ``summary.json`` holds: ``params``, ``steps``, ``tokens``,
+      ``loss`` (mean of the last steps), ``heldout_loss`` (nats per token, last evaluation),
+      ``tokens_per_second`` (of the median step), and with ``config.eval.heldout_summary``
+      ``heldout_bits_per_byte``, ``gzip_bits_per_byte``, ``xz_bits_per_byte``, ``heldout_bytes``.
     """
+    bits, documents = None, []
+    if config.eval.heldout_summary:
+        documents = list(inputs.heldout_documents())
+        bits = _heldout_bits(config, inputs, steps, mesh, params, documents)
+    whole = _gather(params, mesh, primary) if config.eval.sample_tokens else None
+    if not primary:
+        return {}
     rows = list(iterate_rows(workdir / METRICS_FILE))
     losses = [row["loss"] for row in rows[-50:] if row["loss"] is not None]
     evaluated = [row["heldout_loss"] for row in rows if row.get("heldout_loss") is not None]
@@ -60,8 +73,12 @@ def summarize(
         "heldout_loss": evaluated[-1] if evaluated else None,
         "tokens_per_second": _tokens_per_second(config, rows),
     }
-    if config.eval.heldout_summary:
-        summary |= _heldout_summary(config, inputs, steps, mesh, params)
+    if bits is not None:
+        summary |= {
+            "heldout_bits_per_byte": bits,
+            **compressor_bits_per_byte(documents),
+            "heldout_bytes": sum(document.text_bytes for document in documents),
+        }
         say(
             f"held out: {summary['heldout_bits_per_byte']:.3f} bits per byte "
             f"(gzip -9: {summary['gzip_bits_per_byte']:.3f}, xz -9: {summary['xz_bits_per_byte']:.3f}) "
@@ -72,7 +89,7 @@ def summarize(
     part.write_text(json.dumps(summary, indent=2) + "\n")
     part.replace(workdir / SUMMARY_FILE)
     if config.eval.sample_tokens:
-        say(f"sample:\n{_sample(config, inputs, functions, params)}")
+        say(f"sample:\n{_sample(config, inputs, functions, whole)}")
     say(f"in {workdir}: {SUMMARY_FILE}, {LOSS_FILE}, {METRICS_FILE}, config.json, checkpoints/, tensorboard/")
     say(_next_commands(config, workdir, inputs))
     return summary
@@ -93,11 +110,15 @@ def _next_commands(config: RunConfig, workdir: Path, inputs: Inputs) -> str:
     return "next:\n" + "\n".join(f"  {title:<12} {line.format(**values)}" for title, line in lines.items())
 
 
-def _heldout_summary(
-    config: RunConfig, inputs: Inputs, steps: StepFunctions, mesh: Mesh, params: Params
-) -> dict[str, Any]:
-    documents = list(inputs.heldout_documents())
-    bits = bits_per_byte(
+def _heldout_bits(
+    config: RunConfig,
+    inputs: Inputs,
+    steps: StepFunctions,
+    mesh: Mesh,
+    params: Params,
+    documents: list[Document],
+) -> float:
+    return bits_per_byte(
         steps.evaluate,
         params,
         documents,
@@ -105,8 +126,19 @@ def _heldout_summary(
         config.eval.global_batch_size,
         batch_sharding(mesh),
     )
-    size = sum(document.text_bytes for document in documents)
-    return {"heldout_bits_per_byte": bits, **compressor_bits_per_byte(documents), "heldout_bytes": size}
+
+
+def _gather(params: Params, mesh: Mesh, primary: bool) -> Params:
+    """All parameters in the primary process's memory, sent one at a time; None in the others."""
+    if jax.process_count() == 1:
+        return jax.device_get(params)
+    send = jax.jit(lambda leaf: leaf, out_shardings=replicated(mesh))
+
+    def one(leaf: jax.Array) -> np.ndarray | None:
+        sent = send(leaf)
+        return np.asarray(sent) if primary else None
+
+    return jax.tree.map(one, params)
 
 
 def _tokens_per_second(config: RunConfig, rows: list[dict[str, Any]]) -> float | None:
@@ -120,7 +152,7 @@ def _sample(config: RunConfig, inputs: Inputs, functions: ModelFunctions, params
     begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompt = [*begin, *tokenizer.encode(config.eval.sample_prompt)]
     generated = generate(
-        functions.model(jax.device_get(params)),
+        functions.model(params),
         [prompt],
         max_new_tokens=config.eval.sample_tokens,
         sampling=Sampling(temperature=config.eval.sample_temperature),

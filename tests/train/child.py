@@ -7,6 +7,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import runpy
 import signal
 import sys
 import threading
@@ -23,7 +24,10 @@ import train.loop
 import train.metrics
 import train.recorder
 from tests.train.common import micro_config
+from train.distributed import Place, join
 from train.errors import EXIT_PREEMPTED, TrainError
+from train.preemption import AgreedStop
+from train.processes import Processes, leave
 
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload(["tests.train.child"])
@@ -52,10 +56,67 @@ def run(
     return process.exitcode
 
 
+def start_command(
+    arguments: list[str], log: Path, *, devices: int, environment: dict[str, str] | None = None, **faults: Any
+) -> Any:
+    """Starts ``python -m train.main`` on so many CPU devices; its output is added to ``log``."""
+    process = _PROCESSES.Process(target=_command, args=(arguments, log, devices, environment or {}, faults))
+    process.start()
+    return process
+
+
+def start_meeting(port: int, index: int, log: Path) -> Any:
+    """Starts one of two processes that agree on a stop, and of which the second then stays away."""
+    process = _PROCESSES.Process(target=_meeting, args=(port, index, log))
+    process.start()
+    return process
+
+
 def output(workdir: Path) -> str:
     """What the children in ``workdir`` have printed so far."""
     path = workdir.with_suffix(".log")
     return path.read_text() if path.exists() else ""
+
+
+def _command(
+    arguments: list[str], log: Path, devices: int, environment: dict[str, str], faults: dict[str, Any]
+) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # Read when the first device is asked for, which the fork server has not done.
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    os.environ.update(environment, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    sys.argv = ["train.main", *arguments]
+    with contextlib.ExitStack() as stack:
+        for name, value in faults.items():
+            stack.enter_context(FAULTS[name](value))
+        runpy.run_module("train.main", run_name="__main__")
+
+
+def _meeting(port: int, index: int, log: Path) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    join(Place(f"localhost:{port}", 2, index))
+    processes = Processes()
+    try:
+        with processes.ending_together():
+            stop = AgreedStop(processes)
+            steps = 0
+            while not stop.reached():
+                steps += 1
+                if steps == 20 and index == 1:
+                    stop.set("SIGTERM")
+                time.sleep(0.01 if index else 0.005)
+            print(f"stopped by {stop.signal_name} after step {steps}", flush=True)
+            if index == 1:
+                time.sleep(600)
+            processes.exchange("the meeting", None, 1.0)
+    except TrainError as error:
+        print(error, flush=True)
+        leave(error.exit_code, alone=True)
 
 
 def _main(workdir: Path, overrides: dict[str, Any], faults: dict[str, Any], log: Path) -> None:
@@ -87,6 +148,24 @@ def _replaced(place: Any, name: str, make: Any) -> Iterator[None]:
         yield
     finally:
         setattr(place, name, original)
+
+
+def signal_before_step(when: tuple[int, int]) -> Any:
+    """Sends itself a signal before a step of this start, counted from 1."""
+    step, number = when
+
+    def make(put_batch: Any) -> Any:
+        calls = []
+
+        def wrapped(*args: Any) -> Any:
+            calls.append(1)
+            if len(calls) == step:
+                os.kill(os.getpid(), number)
+            return put_batch(*args)
+
+        return wrapped
+
+    return _replaced(train.loop, "put_batch", make)
 
 
 def die_after_row(step: int) -> Any:
@@ -286,6 +365,7 @@ FAULTS = {
     "die_in_save": die_in_save,
     "fill_disk": fill_disk,
     "poison": poison,
+    "signal_before_step": signal_before_step,
     "slow": slow,
     "stall": stall,
 }

@@ -70,8 +70,7 @@ def test_hosts_threads_and_restarts_change_nothing(data: Mixture) -> None:
                 seed=7,
                 global_batch_size=size,
                 start_step=start,
-                process_index=host,
-                process_count=hosts,
+                rows=range(host * size // hosts, (host + 1) * size // hosts),
                 num_threads=threads,
             )
             for host in range(hosts)
@@ -163,12 +162,9 @@ def test_batches_are_ready_ahead_but_few() -> None:
     [
         ({"seed": -1}, "seed is -1"),
         ({"seed": 2**32}, "seed is 4294967296"),
-        ({"global_batch_size": 0}, "global_batch_size 0 must be a positive multiple of 1"),
-        (
-            {"global_batch_size": 3, "process_count": 2},
-            "global_batch_size 3 must be a positive multiple of 2",
-        ),
-        ({"process_index": 1}, "process_index 1 must be in"),
+        ({"global_batch_size": 0}, "global_batch_size is 0; it must be positive"),
+        ({"rows": [0, 2]}, r"rows are \(0, 2\); they must be some in \[0, global_batch_size=2\)"),
+        ({"rows": []}, r"rows are \(\); they must be some in"),
         ({"start_step": -1}, "start_step is -1"),
         ({"num_threads": -1}, "num_threads is -1"),
     ],

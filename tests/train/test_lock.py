@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from train.errors import LockError, StorageError
-from train.lock import LOCK_FILE, RunLock
+from train.errors import LockError, StorageError, UsageError
+from train.lock import LOCK_FILE, RunLock, check_shared, read_lock
 
 
 def test_a_second_owner_is_refused_by_name(tmp_path) -> None:
@@ -89,3 +89,11 @@ def test_a_vanished_directory_is_noticed(tmp_path) -> None:
 def test_an_unwritable_directory_is_named(tmp_path) -> None:
     with pytest.raises(StorageError, match="cannot be written: No such file"):
         RunLock(tmp_path / "gone")
+
+
+def test_another_directory_of_the_same_name_is_noticed(tmp_path) -> None:
+    lock = RunLock(tmp_path)
+    check_shared(tmp_path, read_lock(tmp_path))
+    with pytest.raises(UsageError, match="is not the directory that process 0 works in"):
+        check_shared(tmp_path / "elsewhere", read_lock(tmp_path), seconds=0.0)
+    lock.close()

@@ -12,6 +12,7 @@ from tests.train.common import micro_config
 
 ROOT = Path(__file__).parents[2]
 QUICKSTART = f"--config={ROOT}/configs/quickstart.py"
+TOGETHER = ["--coordinator=localhost:1", "--num_processes=2"]
 
 BAD = [
     ([], "give either --config=configs/NAME.py [--workdir=RUN], or --resume=RUN alone"),
@@ -30,6 +31,17 @@ BAD = [
     (["--resume=broken"], "config.json cannot be read"),
     (["--resume=half"], "name is missing"),
     ([QUICKSTART, "--config.mesh.fsdp=3"], "must divide the 1 device(s) used"),
+    ([QUICKSTART, "--num_processes=2"], "--coordinator (or JAX_COORDINATOR_ADDRESS) and --process_id (or"),
+    (
+        [QUICKSTART, *TOGETHER, "--process_id=2"],
+        "process_id is 2; it must be from 0 to num_processes - 1 = 1",
+    ),
+    ([QUICKSTART, *TOGETHER, "--process_id=0", "--num_processes=0"], "num_processes is 0; it must be pos"),
+    (
+        [QUICKSTART, *TOGETHER, "--process_id=0", "--coordinator=here"],
+        "coordinator is 'here'; it must be HOST",
+    ),
+    ([QUICKSTART, "--process_id=first"], "first"),
     ([QUICKSTART, "--config.data.source=prepared", "--config.data.paths=('nowhere',)"], "nowhere"),
 ]
 

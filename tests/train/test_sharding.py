@@ -15,6 +15,7 @@ from train.sharding import (
     MESH_AXES,
     batch_sharding,
     check_batch,
+    local_rows,
     make_mesh,
     parameter_shardings,
     path_name,
@@ -83,3 +84,17 @@ def test_batches_are_cut_into_parts_in_order() -> None:
     assert put.keys() == {"tokens", "segment_ids"}
     np.testing.assert_array_equal(put["tokens"].reshape(16, 2), rows)
     assert put["tokens"].shape == (2, 8, 2)
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=4), dict(fsdp=2, seq=2), dict(seq=4, tensor=2), dict(tensor=4)])
+@pytest.mark.parametrize("first", [0, 4])
+def test_a_process_reads_the_rows_that_its_devices_hold(sizes: dict[str, int], first: int) -> None:
+    """As if the eight devices were those of two processes; a batch in one process is the reference."""
+    sharding = batch_sharding(mesh(**sizes))
+    rows = np.repeat(np.arange(16, dtype=np.int32)[:, None], 8, axis=1)
+    whole = put_batch({"tokens": rows, "segment_ids": rows}, 2, sharding)["tokens"]
+    devices = jax.devices()[first : first + 4]
+    held = {int(row) for s in whole.addressable_shards if s.device in devices for row in np.unique(s.data)}
+    found = local_rows(sharding, 16, 2, devices)
+    assert found == sorted(held)
+    assert len(found) == 16 // min(2, whole.sharding.mesh.shape["data"] * whole.sharding.mesh.shape["fsdp"])
