@@ -16,9 +16,8 @@ from train.manifest import verify
 pytestmark = pytest.mark.slow
 
 DEVICES = 4
+SECONDS = 300
 CONFIG = dict(
-    model__preset="holo",
-    model__hd_dim=32,
     mesh__fsdp=2,
     mesh__seq=2,
     accumulation_steps=2,
@@ -76,7 +75,7 @@ def run_two(
         )
     try:
         for process in running:
-            process.join(120)
+            process.join(SECONDS)
             assert process.exitcode is not None, "\n".join(logs(workdir))
     finally:
         for process in running:
@@ -107,7 +106,7 @@ def test_two_processes_equal_one_through_a_death_and_a_signal(tmp_path) -> None:
     found = read_curve(workdir)
     assert found[: len(undisturbed)] == undisturbed
 
-    process.join(120)
+    process.join(SECONDS)
     assert process.exitcode == 0, child.output(alone)
     expected = read_curve(alone)
     assert [row[:2] for row in found] == [row[:2] for row in expected] == [(i + 1, i) for i in range(8)]
