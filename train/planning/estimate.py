@@ -108,10 +108,10 @@ def make_plan(config: RunConfig, devices: int, hardware: Hardware) -> Plan:
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
     memory = estimate_memory(config, mesh)
     functions = model_functions(config.model)
-    share, measured = step_share(config.model)
+    used = math.prod(sizes)
+    share, measured = step_share(config.model, used)
     products = product_parameters(functions, config.model)
     operations = operations_per_token(config.model, products, config.context_length)
-    used = math.prod(sizes)
     rate = share * hardware.product_flops * used
     return Plan(
         devices=used,

@@ -77,7 +77,8 @@ def step(config: RunConfig, sizes: tuple[int, ...]) -> Step:
     functions = model_functions(config.model)
     products = product_parameters(functions, config.model)
     operations = operations_per_token(config.model, products, config.context_length)
-    rate = step_share(config.model)[0] * H100.product_flops * math.prod(sizes)
+    devices = math.prod(sizes)
+    rate = step_share(config.model, devices)[0] * H100.product_flops * devices
     compute = config.tokens_per_step * operations / rate
     return Step(compute, exchanges(config, mesh, H100), count_parameters(functions.shapes))
 
