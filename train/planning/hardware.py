@@ -70,8 +70,8 @@ H100 = Hardware(
 # Share of ``product_flops`` that a whole train step reaches, by mixer, on one device and on a mesh, where the
 # kernels between products do not run yet: 12 layers, width 1024, vocabulary 32,000, rows of 2,048 tokens,
 # 32,768 tokens a step, remat "dots"; eval.speed on one H100, jax 0.11.2, 2026-11-24 and 25. In thousands of
-# tokens a second: ``holo`` 346 with all kernels and 307 without those, without erase 358 and 312, ``seed`` 336
-# and 189 (all portable), attention 287.
+# tokens a second: ``holo`` 346 with all kernels and 307 without those, without erase 358 and 312, ``seed``
+# 336 and 189 (all portable), attention 287.
 MEASURED_SHARES = {
     "holo": (0.530, 0.470),
     "holo without erase": (0.546, 0.476),
