@@ -44,7 +44,8 @@ class Form(NamedTuple):
 
 PORTABLE = Form()
 # A kernel joins when it has been equal to the definition, and faster, on hardware.
-AUTOMATIC: tuple[str, ...] = ()
+AUTOMATIC: tuple[str, ...] = ("stack", "heads")
+_STACK_ROWS = 1  # with more, one kernel a layer and products of the compiler's are faster
 
 
 def choose(config: HoloConfig, rows: int) -> Form:
@@ -54,7 +55,12 @@ def choose(config: HoloConfig, rows: int) -> Form:
     programs = decode_stack.multiprocessors()
     shape = stack.shape_of(config, rows, GROUP, max(programs, 1))
     every = config.mlp == "swiglu" and config.norm == "rmsnorm" and not config.anchor_every
-    if "stack" in AUTOMATIC and every and decode_stack.unsupported(shape, config.precision.storage) is None:
+    if (
+        "stack" in AUTOMATIC
+        and every
+        and rows <= _STACK_ROWS
+        and decode_stack.unsupported(shape, config.precision.storage) is None
+    ):
         return Form(stacked=True, programs=programs, early=False)
     if "heads" in AUTOMATIC and decode_stack.unsupported_heads(shape) is None:
         return Form(heads=True)
