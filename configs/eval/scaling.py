@@ -4,7 +4,7 @@ Command:  python -m eval.scaling --config=configs/eval/scaling.py --out=runs/sca
           one case: --config.cases="('seq@1048576 remat=full',)"
 Hardware: two or more GPUs of one machine (kernels of the extra ``kernels`` on Hopper); :quick runs on fake
           CPU devices (XLA_FLAGS=--xla_force_host_platform_device_count=4), where its times mean nothing
-Expect:   not measured yet
+Expect:   two H100: data and fsdp at .93 of two single cards (docs/log.md, 2026-11-25)
 """
 
 from configs.eval import choose
