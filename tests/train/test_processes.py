@@ -15,16 +15,16 @@ from train.manifest import verify
 
 pytestmark = pytest.mark.slow
 
-DEVICES = 4
+DEVICES = 2
 SECONDS = 300
 CONFIG = dict(
     mesh__fsdp=2,
-    mesh__seq=2,
     accumulation_steps=2,
     num_steps=8,
     checkpoint__every_steps=3,
     eval__every_steps=0,
     log__every_steps=1,
+    watchdog__step_seconds=60.0,  # should the survivor of a death not notice it
 )
 
 
@@ -130,6 +130,12 @@ def test_a_wrong_request_in_one_process_ends_both(tmp_path) -> None:
     message = "processes 0 and 1 were asked for different runs: config.seed: 0, 1"
     assert all(message in text and text.count("train.main: ") == 1 for text in logs(workdir))
     assert [path.name for path in workdir.iterdir()] == ["config.json"]
+
+
+def test_a_mesh_without_devices_of_one_process_is_refused(tmp_path) -> None:
+    workdir = new_run(tmp_path / "run", mesh__devices=1, mesh__fsdp=1)
+    assert run_two(workdir) == [EXIT_USAGE] * 2, logs(workdir)
+    assert "the mesh has 1 device(s), 0 to 1 of each of 2 processes" in logs(workdir)[1]
 
 
 def test_a_process_that_waits_in_vain_says_so(tmp_path) -> None:
