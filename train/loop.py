@@ -187,6 +187,7 @@ def _open_run(
             workdir.mkdir(parents=True, exist_ok=True)
             lock = RunLock(workdir)
             stack.callback(lock.close)
+            processes.at_end(lock.close)
             config.write(workdir, inputs.identity)
             if inputs.tokenizer is not None:
                 save_tokenizer(inputs.tokenizer, workdir / TOKENIZER)

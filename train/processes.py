@@ -52,6 +52,7 @@ class Processes:
         self._store: Any = distributed.global_state.client
         self._meetings: dict[str, int] = {}
         self._watches: dict[str, threading.Thread] = {}
+        self._last: list[Callable[[], None]] = []
 
     def exchange(self, what: str, value: Any, seconds: float | None = None) -> list[Any]:
         """Everyone's plain value, in the order of the processes; returns when all have come.
@@ -122,6 +123,10 @@ class Processes:
         except jax.errors.JaxRuntimeError:
             return False
         return True
+
+    def at_end(self, action: Callable[[], None]) -> None:
+        """Has ``action`` run before another process's failure ends this one, whose stack is not unwound."""
+        self._last.append(action)
 
     @contextlib.contextmanager
     def ending_together(self) -> Iterator[None]:
@@ -215,6 +220,9 @@ class Processes:
         self.tell(f"{_FAILURE} heard/{self.index}", "heard")
         if self.primary:  # the store ends with process 0, and would take those that still use it along
             self._await(f"{_FAILURE} heard/{index}", 2 * _FAREWELL_SECONDS)
+        for action in self._last:
+            with contextlib.suppress(OSError):
+                action()
         os._exit(code)
 
     def _await(self, key: str, seconds: float) -> None:

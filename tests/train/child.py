@@ -101,6 +101,7 @@ def _meeting(port: int, index: int, log: Path) -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     join(Place(f"localhost:{port}", 2, index))
     processes = Processes()
+    processes.at_end(lambda: print("given back", flush=True))
     try:
         with processes.ending_together():
             stop = AgreedStop(processes)
