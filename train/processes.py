@@ -23,6 +23,7 @@ T = TypeVar("T")
 LONG_SECONDS = 20 * 86400.0  # no limit: within the 32 bits of the store's milliseconds
 _MEETING_SECONDS = 600.0
 _FAREWELL_SECONDS = 5.0
+_LEAVING_SECONDS = 1.0
 _FAILURE = "holo/failure"
 
 
@@ -211,6 +212,8 @@ class Processes:
         for other in set(range(self.count)) - {self.index}:
             self._await(f"{_FAILURE} heard/{other}", deadline - time.monotonic())
         self.tell(f"{_FAILURE} heard/{self.index}", "heard")
+        if self.primary:
+            time.sleep(_LEAVING_SECONDS)  # the store ends with it, and JAX aborts whoever is still there
 
     def _end(self, told: str) -> None:
         index, text, code = json.loads(told)

@@ -164,8 +164,10 @@ def test_triton_is_chosen_only_for_what_it_supports(monkeypatch, change, capabil
     asked = call(**change)
     if reason is None:
         assert kernels.choose(asked, "triton") == kernels.choose(asked) == "triton"
-        with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
-            assert kernels.choose(asked, "triton") == "triton" and kernels.choose(asked) == "portable"
+        for devices, chosen in ((1, "triton"), (2, "portable"))[: jax.device_count()]:
+            axis = jax.sharding.AxisType.Auto
+            with jax.set_mesh(jax.make_mesh((devices,), ("data",), axis_types=(axis,))):
+                assert kernels.choose(asked, "triton") == "triton" and kernels.choose(asked) == chosen
         return
     assert kernels.choose(asked) != "triton"
     with pytest.raises(BackendUnavailableError, match=reason):
