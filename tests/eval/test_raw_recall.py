@@ -50,7 +50,7 @@ def test_the_answer_is_read_from_what_was_written_before():
     config = config.replace(num_hidden_layers=1)
     block = raw_recall.OneBlock(config)
     sequence, _ = raw_recall.draw(KEY, make_book(KEY, 5, 4), memories=2, pairs=3)
-    first = jax.grad(lambda x: block.recall(block.init(KEY), x)[:, 0].sum())(sequence)
+    first = jax.jit(jax.grad(lambda x: block.recall(block.init(KEY), x)[:, 0].sum()))(sequence)
     seen = np.asarray(jnp.abs(first).sum((0, 2)))
     assert (seen[:7] > 0).all() and not seen[7:].any()
 
