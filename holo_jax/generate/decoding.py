@@ -157,7 +157,7 @@ def generate(
     )
     model = decoding_form(model)
     graphdef, params = nnx.split(model, nnx.Param)
-    form = choose(config, batch)
+    form = choose(config, batch) if stored_dtype(start.state) == "float32" else PORTABLE
     packed = stack.pack(model) if form.stacked else None
     decoding = Decoding(
         logits=start.logits,
@@ -283,13 +283,14 @@ def decode_block(
 
 
 def loop_state(config: HoloConfig, state: ModelState, form: Form = PORTABLE) -> ModelState:
-    """A state as the loop carries it: split over periods, memories as planes where they can be."""
+    """A state as the loop carries it: memories as planes where they can be, else split over periods.
+
+    A state in fewer bits is rounded after every token, so none of its writes are held back in any form.
+    """
+    if stored_dtype(state) != "float32":
+        return split_state(state)
     state = stack_state(state) if form.stacked else split_state(state)
-    return (
-        state
-        if stored_dtype(state) != "float32"
-        else state._replace(layers=hold_layers(config, state.layers))
-    )
+    return state._replace(layers=hold_layers(config, state.layers))
 
 
 def _start(

@@ -49,11 +49,11 @@ _STACK_ROWS = 1  # with more, one kernel a layer and products of the compiler's 
 
 
 def choose(config: HoloConfig, rows: int) -> Form:
-    """The fastest form for this model, batch and device."""
+    """The fastest form for this model, batch and device, with a state in float32."""
     if not supported(config):
         return PORTABLE
-    programs = decode_stack.multiprocessors()
-    shape = stack.shape_of(config, rows, GROUP, max(programs, 1))
+    programs = max(decode_stack.multiprocessors(), 1)
+    shape = stack.shape_of(config, rows, GROUP, programs)
     every = config.mlp == "swiglu" and config.norm == "rmsnorm" and not config.anchor_every
     if (
         "stack" in AUTOMATIC

@@ -13,6 +13,7 @@ from holo_jax.config import HoloConfig
 from holo_jax.functional import MemoryState, init_memory
 from holo_jax.generate import Sampling, decoding_form, init_state, pending, prefill, stack
 from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, loop_state
+from holo_jax.generate.forms import is_split
 from holo_jax.generate.pending import Token
 from holo_jax.generate.stepping import Form, split_held, step
 from holo_jax.kernels import decode_stack
@@ -148,6 +149,13 @@ def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict) -> N
         results.append((tokens, after.logits, layers if own.stacked else stacked_layers(layers)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *results)
     assert (np.asarray(results[0][0])[1, 3:] == -1).all()
+
+
+def test_a_state_in_fewer_bits_goes_through_the_recurrence_in_every_form() -> None:
+    """The recurrence is of a split model and wants a split state."""
+    config = small(num_hidden_layers=1)
+    layers = loop_state(config, init_state(config, 1, state_dtype="int8"), Form(stacked=True)).layers
+    assert is_split(layers) and not pending.holds(layers)
 
 
 def stacked_layers(layers):
