@@ -1,4 +1,4 @@
-"""One process per run directory."""
+"""One run at a time in a run directory; of several processes, process 0 holds it."""
 
 import fcntl
 import json

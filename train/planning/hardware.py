@@ -56,7 +56,8 @@ class Hardware:
 
 
 # Measured on 2026-11-24, jax 0.11.2: the 8192^3 product and the copy on one H100, the all-reduce on two of
-# one host. Assumed: hops, the size of a node, and one 400 Gbit/s InfiniBand port a device.
+# one host (on two others, NVLS off, 250e9 at 512 MiB on 2026-11-25). Assumed: hops, the size of a node, and
+# one 400 Gbit/s InfiniBand port a device.
 H100 = Hardware(
     name="NVIDIA H100",
     hbm_gb=80.0,
@@ -70,13 +71,13 @@ H100 = Hardware(
 # Share of ``product_flops`` that a whole train step reaches, by mixer, on one device and on a mesh, where the
 # kernels between products do not run yet: 12 layers, width 1024, vocabulary 32,000, rows of 2,048 tokens,
 # 32,768 tokens a step, remat "dots"; eval.speed on one H100, jax 0.11.2, 2026-11-24 and 25. In thousands of
-# tokens a second: ``holo`` 346 with all kernels and 307 without those, without erase 358 and 312, ``seed``
-# 336 and 189 (all portable), attention 287.
+# tokens a second: ``holo`` 356 with all kernels and 307 without those, without erase 368 and 312, attention
+# 342 and 287, ``seed`` 405 and 189 (all portable).
 MEASURED_SHARES = {
-    "holo": (0.530, 0.470),
-    "holo without erase": (0.546, 0.476),
-    "attention": (0.516, 0.516),
-    "seed": (0.528, 0.297),
+    "holo": (0.545, 0.470),
+    "holo without erase": (0.561, 0.476),
+    "attention": (0.615, 0.516),
+    "seed": (0.636, 0.297),
 }
 
 
