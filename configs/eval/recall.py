@@ -5,7 +5,7 @@ Command:  python -m eval.recall --config=configs/eval/recall.py --out=runs/recal
           python -m eval.recall --config=configs/eval/recall.py:zoology --out=runs/recall_zoology
           python -m eval.recall --config=configs/eval/recall.py:denoiser --out=runs/recall_denoiser
 Hardware: one GPU (full, zoology, denoiser: with and without the MLP); 2 CPU cores (quick, about 1 minute).
-Expect:   attention 1.0 everywhere, or the harness is wrong (exit code 1).
+Expect:   attention 1.0 at the trained lengths, or the harness is wrong (exit code 1); beyond them it falls.
 
 The full variant is the later published setting (trained on 64 to 256 tokens with 4 to 64 pairs, tested to
 1,024 tokens with 256 pairs, state size against accuracy), "zoology" the earlier one (512 tokens, 64 pairs).

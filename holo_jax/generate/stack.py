@@ -83,7 +83,20 @@ def heads(
     position: Array,
     interpret: bool,
 ) -> tuple[Float[Array, "b e"], Pending]:
-    """One layer's memory on the joined maps of a token, by a kernel; to be given to the output map."""
+    """One layer's memory on the joined maps of a token, by a kernel; to be given to the output map.
+
+    Args:
+      mixer: the memory mixer, in decoding form.
+      y: its joined maps in float32.
+      held, pending: the memory before the group, and the group so far.
+      index: tokens in the group.
+      active: rows that read; the others keep what they hold.
+      position: tokens read before, of each row.
+      interpret: run in Pallas' interpreter, anywhere.
+
+    Returns:
+      What the output map is applied to, in the storage dtype, and the group with its write.
+    """
     config = mixer.config
     shape = shape_of(config, y.shape[0], pending.keys.shape[2], 1, interpret=interpret)._replace(layers=1)
     arrays = {**held._asdict(), **pending._asdict()}
@@ -117,7 +130,18 @@ def through(
     counter: Int[Array, "1"],
     launch: Int[Array, ""],
 ) -> tuple[Float[Array, "b e"], Pending, Int[Array, "1"]]:
-    """One token through all blocks; states stacked over layers."""
+    """One token through all blocks; states stacked over layers.
+
+    Args:
+      shape: see ``decode_stack.Shape``.
+      weights: of ``pack``.
+      x: the embedded token in the storage dtype.
+      held, pending, index, active, position: as in ``heads``, of all layers.
+      counter, launch: see ``decode_stack.run``.
+
+    Returns:
+      The residual stream after the last block, the group with its write, and the counter.
+    """
     found = decode_stack.run(
         shape,
         {

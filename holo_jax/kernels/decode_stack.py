@@ -1,8 +1,13 @@
-"""One token through all memory layers in one kernel, for batches of a few rows (Pallas, lowered to Triton).
+"""One token by kernels: through all memory layers at once, or through one layer's memory (Pallas, Triton).
 
-With few rows a token costs what streaming the weights costs, plus what starts and ends of kernels cost; at
-five small kernels a layer the latter is more. Here as many programs as the device has multiprocessors stay
-resident and walk the layers together. A layer has five parts, each of which needs all of the one before:
+Both do what ``generate.pending`` defines: writes of a group are held back, and a memory is only read.
+
+``run_heads`` is one layer's memory, for any number of rows: a program is one head of one row.
+
+``run`` is all layers, for a few rows. A token then costs what streaming the weights costs, plus what starts
+and ends of kernels cost; at five small kernels a layer the latter is more. Here as many programs as the
+device has multiprocessors stay resident and walk the layers together. A layer has five parts, each of which
+needs all of the one before:
 
 * maps of the normalised input: values, phases, gates;
 * the memory: each head reads its memory and the writes that are pending, and adds its own to those;
@@ -12,6 +17,8 @@ resident and walk the layers together. A layer has five parts, each of which nee
 
 Between parts the programs meet at a counter in device memory. Before a program waits there it has asked for
 its weights of the next part, which do not depend on the others: they arrive while it waits.
+
+A program that waits in vain gives up after a bounded number of polls, and the result is NaN.
 
 Weights are ``[out, in]`` and stacked over layers; each program takes rows of them, eight at a time. A warp
 holds whole rows, so sums stay inside warps.

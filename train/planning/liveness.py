@@ -45,7 +45,14 @@ _IN_PLACE = frozenset(("dynamic_update_slice",))
 
 
 def live_bytes(jaxpr: Jaxpr) -> int:
-    """Largest sum of the arrays that are written and still needed, those in loops and calls included."""
+    """Largest sum of the arrays that are written and still needed, those in loops and calls included.
+
+    Args:
+      jaxpr: of the function as traced; inside of ``shard_map`` shapes are those of one device.
+
+    Returns:
+      Bytes, without the arguments and constants.
+    """
     last: dict[Any, int] = {}
     needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
     for index, eqn in enumerate(jaxpr.eqns):
