@@ -94,9 +94,9 @@ class HoloConfig:
       memory_method: form of the accumulation: ``chunked``, ``associative_scan`` or ``recurrent``.
       memory_backend: ``auto`` picks a kernel by capability, ``portable`` is plain JAX, ``ensemble`` is
         ``auto`` for models under ``jax.vmap``.
-      block_backend: what a block may use beside a memory that may use kernels without ``vmap``: ``products``,
-        kernels of denoiser and loss; ``norms`` or ``mixer``, also those around norms, or around the memory;
-        ``auto``, all, as they have been proven on hardware; ``portable``, none.
+      block_backend: kernels beside the memory's: ``products``, of denoiser and loss; ``norms`` or ``mixer``,
+        also those around norms, or around the memory; ``auto``, all; ``portable``, none, as where
+        ``memory_backend`` is ``portable`` or ``ensemble``. What a kernel cannot run here runs without it.
       chunk_size: tokens a chunk of the memory; 0 lets the form choose.
       loss_chunk: tokens whose logits exist at one time in the loss.
       precision: dtypes by role.
