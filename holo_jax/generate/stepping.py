@@ -45,7 +45,7 @@ class Form(NamedTuple):
 PORTABLE = Form()
 # A kernel joins when it has been equal to the definition, and faster, on hardware.
 AUTOMATIC: tuple[str, ...] = ("stack", "heads")
-_STACK_ROWS = 1  # with more, one kernel a layer and products of the compiler's are faster
+_STACK_ROWS = 1  # with more, one kernel a layer and products of the compiler's are faster; with one, slower
 
 
 def choose(config: HoloConfig, rows: int) -> Form:
@@ -62,7 +62,7 @@ def choose(config: HoloConfig, rows: int) -> Form:
         and decode_stack.unsupported(shape, config.precision.storage) is None
     ):
         return Form(stacked=True, programs=programs, early=False)
-    if "heads" in AUTOMATIC and decode_stack.unsupported_heads(shape) is None:
+    if "heads" in AUTOMATIC and rows > _STACK_ROWS and decode_stack.unsupported_heads(shape) is None:
         return Form(heads=True)
     return PORTABLE
 
