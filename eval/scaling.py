@@ -23,9 +23,9 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from eval import common, plots
-from eval.common import Reporter, UsageError, cell, markdown_table
-from eval.results import Results, exact
+from eval import common, scaling_view
+from eval.common import Reporter, UsageError
+from eval.results import exact
 from eval.speed_parts.models import Size, model_config
 from eval.speed_parts.profile import communication_milliseconds
 from eval.speed_parts.timing import (
@@ -407,76 +407,7 @@ def sent(program: Any, plan: Plan) -> list:
     return [exact("sent_mib", size / 2**20, kind=kind, **plan.where) for kind, size in total.items() if size]
 
 
-def table(results: Results) -> str:
-    """One line a program."""
-
-    def one(name: str, where: dict[str, Any], digits: int) -> str:
-        return next((cell(found, digits) for found in results.select(name, **where)), "")
-
-    rows = []
-    for value in results.select("tokens_per_second"):
-        where = value.where
-        sends = ", ".join(f"{v.where['kind']} {v.value:,.1f}" for v in results.select("sent_mib", **where))
-        kind = "strong" if where["strong"] else "weak"
-        name = f"{where['axis']} {kind}, {where['total_rows']} x {where['total_length']:,}"
-        options = ", ".join(f"{name} {where[name]}" for name in ("remat", "unroll", "overlap", "block"))
-        profiled = [
-            one("exposed_milliseconds", where | {"by": "profile"}, 1),
-            one("communication_milliseconds", where, 1),
-        ]
-        cells = (
-            one("milliseconds", where, 1),
-            one("efficiency", where, 3),
-            one("exposed_milliseconds", where | {"by": "one device"}, 1),
-            " of ".join(filter(None, profiled)),
-            one("peak_gib", where, 2),
-            one("compile_seconds", where, 0),
-        )
-        rows.append((name, options, where["devices"], cell(value, 0), *cells, sends))
-    head = (
-        "case",
-        "model",
-        "devices",
-        "tokens/s",
-        "ms",
-        "efficiency",
-        "ms over one device's share",
-        "ms of collectives alone, of all",
-        "planned GiB a device",
-        "compile s",
-        "MiB received a step",
-    )
-    return markdown_table(head, rows)
-
-
-def figures(results: Results, theme: str) -> dict:
-    """Efficiency over devices, a line a case."""
-    found = results.select("efficiency")
-    if not found:
-        return {}
-    with plots.style(theme):
-        figure, axes = plots.grid(title="Train step over devices")
-        axis = axes[0][0]
-        names = list(dict.fromkeys(tuple(v.where[name] for name in Case._fields) for v in found))
-        for index, case in enumerate(names):
-            values = [v for v in found if tuple(v.where[name] for name in Case._fields) == case]
-            own = Case(*case)
-            kind = "strong" if own.strong else "weak"
-            label = f"{own.axis} {own.length:,} {kind}, unroll {own.unroll}, overlap {own.overlap}"
-            plots.line(
-                axis,
-                values,
-                "devices",
-                label=label,
-                colour=plots.colour("", index),
-                marker=plots.MARKERS[index % 8],
-            )
-        plots.log_ticks(axis, "x", [v.where["devices"] for v in found])
-        axis.set_ylim(0, 1.1)
-        axis.set_xlabel("devices")
-        axis.set_ylabel("tokens/s over devices x one device")
-        axis.legend()
-    return {"scaling": figure}
+table, figures = scaling_view.table, scaling_view.figures
 
 
 def main(argv: list[str] | None = None) -> int:

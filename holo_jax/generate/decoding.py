@@ -180,7 +180,8 @@ def generate(
         )
         if not bool(finite):
             raise FloatingPointError(
-                "the model's logits are not finite; its parameters or state hold NaN or infinity"
+                "the model's logits are not finite; its parameters or state hold NaN or infinity (or, with "
+                "one row on a GPU, another process kept the kernel over all layers from the whole device)"
             )
         new = [[int(token) for token in row if token != NONE] for row in np.asarray(block)]
         for row, ids in zip(tokens, new, strict=True):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from holo_jax.array_types import Array, Bool, Float, Int
 from holo_jax.config import HoloConfig
 from holo_jax.generate.pending import Held, Pending
-from holo_jax.kernels import decode_stack
+from holo_jax.kernels import decode_shape, decode_stack
 from holo_jax.model import HoloForCausalLM
 
 
@@ -41,9 +41,9 @@ def pack(model: HoloForCausalLM) -> dict[str, Array]:
     return arrays
 
 
-def shape_of(config: HoloConfig, rows: int, size: int, programs: int, **options: bool) -> decode_stack.Shape:
+def shape_of(config: HoloConfig, rows: int, size: int, programs: int, **options: bool) -> decode_shape.Shape:
     """The kernel's sizes."""
-    return decode_stack.Shape(
+    return decode_shape.Shape(
         rows=rows,
         layers=config.num_hidden_layers,
         width=config.hidden_size,
@@ -119,7 +119,7 @@ def heads(
 
 
 def through(
-    shape: decode_stack.Shape,
+    shape: decode_shape.Shape,
     weights: dict[str, Array],
     x: Float[Array, "b e"],
     held: Held,
@@ -133,7 +133,7 @@ def through(
     """One token through all blocks; states stacked over layers.
 
     Args:
-      shape: see ``decode_stack.Shape``.
+      shape: see ``decode_shape.Shape``.
       weights: of ``pack``.
       x: the embedded token in the storage dtype.
       held, pending, index, active, position: as in ``heads``, of all layers.

@@ -19,7 +19,7 @@ from holo_jax.generate.pending import (
     scaled,
     supported,
 )
-from holo_jax.kernels import decode_stack
+from holo_jax.kernels import decode_shape
 from holo_jax.layers import embedding_std, lookup, project
 from holo_jax.mixers import Context
 from holo_jax.model import HoloForCausalLM, ModelState
@@ -32,7 +32,7 @@ class Form(NamedTuple):
       stacked: by one kernel over all layers, on states and weights stacked over depth.
       heads: memories by a kernel.
       programs: programs of the kernel over all layers.
-      early, interpret: see ``decode_stack.Shape``.
+      early, interpret: see ``decode_shape.Shape``.
     """
 
     stacked: bool = False
@@ -52,17 +52,17 @@ def choose(config: HoloConfig, rows: int) -> Form:
     """The fastest form for this model, batch and device, with a state in float32."""
     if not supported(config):
         return PORTABLE
-    programs = max(decode_stack.multiprocessors(), 1)
+    programs = max(decode_shape.multiprocessors(), 1)
     shape = stack.shape_of(config, rows, GROUP, programs)
     every = config.mlp == "swiglu" and config.norm == "rmsnorm" and not config.anchor_every
     if (
         "stack" in AUTOMATIC
         and every
         and rows <= _STACK_ROWS
-        and decode_stack.unsupported(shape, config.precision.storage) is None
+        and decode_shape.unsupported(shape, config.precision.storage) is None
     ):
         return Form(stacked=True, programs=programs, early=False)
-    if "heads" in AUTOMATIC and rows > _STACK_ROWS and decode_stack.unsupported_heads(shape) is None:
+    if "heads" in AUTOMATIC and rows > _STACK_ROWS and decode_shape.unsupported_heads(shape) is None:
         return Form(heads=True)
     return PORTABLE
 

@@ -16,7 +16,7 @@ from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, l
 from holo_jax.generate.forms import is_split
 from holo_jax.generate.pending import Token
 from holo_jax.generate.stepping import Form, split_held, step
-from holo_jax.kernels import decode_stack
+from holo_jax.kernels import decode_shape, decode_stack
 from holo_jax.mixers import MemoryMixerState
 from holo_jax.model import HoloForCausalLM
 from holo_jax.precision import FULL, MIXED
@@ -206,7 +206,7 @@ def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int) ->
     ids = np.random.default_rng(0).integers(0, 512, (rows, 12)).astype(np.int32)
     full = np.asarray(jax.jit(lambda model, ids: model(ids).logits)(wide, ids), np.float64)[:, 4:]
     start = prefill(model, ids[:, :4])
-    programs = decode_stack.multiprocessors()
+    programs = decode_shape.multiprocessors()
     distance = {}
     for name, form in (
         ("portable", Form()),

@@ -1,0 +1,86 @@
+"""Table and plot of ``eval.scaling``."""
+
+from typing import Any
+
+from eval import plots
+from eval.common import cell, markdown_table
+from eval.results import Results, Value
+
+_OF_A_PROGRAM = ("devices", "total_rows", "total_length")
+
+
+def _case(value: Value) -> tuple:
+    return tuple(item for item in value.where.items() if item[0] not in _OF_A_PROGRAM)
+
+
+def table(results: Results) -> str:
+    """One line a program."""
+
+    def one(name: str, where: dict[str, Any], digits: int) -> str:
+        return next((cell(found, digits) for found in results.select(name, **where)), "")
+
+    rows = []
+    for value in results.select("tokens_per_second"):
+        where = value.where
+        sends = ", ".join(f"{v.where['kind']} {v.value:,.1f}" for v in results.select("sent_mib", **where))
+        kind = "strong" if where["strong"] else "weak"
+        name = f"{where['axis']} {kind}, {where['total_rows']} x {where['total_length']:,}"
+        options = ", ".join(f"{name} {where[name]}" for name in ("remat", "unroll", "overlap", "block"))
+        profiled = [
+            one("exposed_milliseconds", where | {"by": "profile"}, 1),
+            one("communication_milliseconds", where, 1),
+        ]
+        cells = (
+            one("milliseconds", where, 1),
+            one("efficiency", where, 3),
+            one("exposed_milliseconds", where | {"by": "one device"}, 1),
+            " of ".join(filter(None, profiled)),
+            one("peak_gib", where, 2),
+            one("compile_seconds", where, 0),
+        )
+        rows.append((name, options, where["devices"], cell(value, 0), *cells, sends))
+    head = (
+        "case",
+        "model",
+        "devices",
+        "tokens/s",
+        "ms",
+        "efficiency",
+        "ms over one device's share",
+        "ms of collectives alone, of all",
+        "planned GiB a device",
+        "compile s",
+        "MiB received a step",
+    )
+    return markdown_table(head, rows)
+
+
+def figures(results: Results, theme: str) -> dict:
+    """Efficiency over devices, a line a case."""
+    found = results.select("efficiency")
+    if not found:
+        return {}
+    with plots.style(theme):
+        figure, axes = plots.grid(title="Train step over devices")
+        axis = axes[0][0]
+        names = list(dict.fromkeys(map(_case, found)))
+        for index, case in enumerate(names):
+            values = [v for v in found if _case(v) == case]
+            own = values[0].where
+            kind = "strong" if own["strong"] else "weak"
+            label = f"{own['axis']} {own['length']:,} {kind}"
+            label += f", unroll {own['unroll']}, overlap {own['overlap']}"
+            plots.line(
+                axis,
+                values,
+                "devices",
+                label=label,
+                colour=plots.colour("", index),
+                marker=plots.MARKERS[index % 8],
+            )
+        plots.log_ticks(axis, "x", [v.where["devices"] for v in found])
+        axis.set_ylim(0, 1.1)
+        axis.set_xlabel("devices")
+        axis.set_ylabel("tokens/s over devices x one device")
+        axis.legend()
+    return {"scaling": figure}
