@@ -23,6 +23,8 @@ if _platform == "cpu":
 else:
     _flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true"
     os.environ["XLA_FLAGS"] = f"{_flags} --xla_gpu_enable_triton_gemm=false".strip()
+    # By the environment: children, whose bits are compared with ours, must not round products to fewer.
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "highest"
     # Many processes share one card.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
@@ -41,8 +43,6 @@ gc.freeze()
 gc.set_threshold(20_000, 20, 20)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-if _platform != "cpu":
-    jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

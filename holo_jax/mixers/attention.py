@@ -220,15 +220,27 @@ def _append(
     *,
     ring: bool,
 ) -> AttentionState:
+    """The state after tokens of these times; padding, and what a cache without a ring has no slot for, is not
+    written.
+
+    Tokens of consecutive times have slots of their own modulo their number. So every token writes inside the
+    cache, one that is not kept what its slot held, and no two of them write to one slot: where deterministic
+    operations are asked for, XLA gives a scatter that may repeat an index or leave the operand a form of its
+    own, whose results on a GPU were wrong.
+    """
     (b, t), slots = times.shape, state.times.shape[1]
     kept = min(t, slots)
-    where = times % slots if ring else times
-    if real is not None:
-        where = jnp.where(real, where, slots)  # out of range: not written
-    rows, where = jnp.arange(b)[:, None], where[:, t - kept :]
+    last = times[:, t - kept :]
+    written = jnp.ones_like(last, dtype=bool) if real is None else real[:, t - kept :]
+    if not ring:
+        written = written & (last < slots)
+    rows, where = jnp.arange(b)[:, None], last % slots
 
     def put(cache: Array, new: Array) -> Array:
-        return cache.at[rows, where].set(new[:, t - kept :], mode="drop")
+        at = cache.at[rows, where]
+        old = at.get(mode="promise_in_bounds")
+        new = jnp.where(written.reshape(*written.shape, *[1] * (new.ndim - 2)), new[:, t - kept :], old)
+        return at.set(new, mode="promise_in_bounds", unique_indices=True)
 
     return AttentionState(
         keys=put(state.keys, keys),

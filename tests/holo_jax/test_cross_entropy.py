@@ -41,13 +41,22 @@ def test_matches_plain_loss_and_gradients(length: int, chunk_tokens: int) -> Non
 
 
 def test_logits_of_one_chunk_only() -> None:
-    """The compiled loss and gradient need less memory than one full set of logits."""
-    hidden = jax.ShapeDtypeStruct((1, 4096, 8), jnp.float32)
-    weights = jax.ShapeDtypeStruct((8, 4096), jnp.float32)
-    targets = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+    """The compiled loss and gradient hold logits of one chunk, however many tokens there are.
+
+    How much that is of one length is said of CPUs: compilers keep different numbers of copies of a chunk.
+    """
 
     def loss(hidden: jax.Array, weights: jax.Array, targets: jax.Array) -> jax.Array:
         return chunked_cross_entropy(hidden, weights, targets, chunk_tokens=256)[0]
 
-    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, weights, targets).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 4 / 4
+    def temporary(tokens: int) -> int:
+        hidden = jax.ShapeDtypeStruct((1, tokens, 8), jnp.float32)
+        weights = jax.ShapeDtypeStruct((8, 4096), jnp.float32)
+        targets = jax.ShapeDtypeStruct((1, tokens), jnp.int32)
+        compiled = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, weights, targets).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    quarter = 4096 * 4096 * 4 / 4
+    few = temporary(4096)
+    assert jax.default_backend() != "cpu" or few < quarter
+    assert temporary(8192) - few < quarter

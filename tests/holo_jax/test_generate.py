@@ -1,6 +1,7 @@
 """Reading and generating: the same function as the forward pass, in any pieces, alone or in a batch."""
 
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +108,18 @@ def test_the_decoding_form_is_the_same_function(name: str, precision: Precision)
     for state in (start.state, again.state):
         logits = decode_step(fast, ids[:, -1], state).logits
         assert difference(logits, full[:, -1]) < (2e-5 if precision == FULL else 0.1)
+
+
+@pytest.mark.parametrize("name", ["attention", "attention-window"])
+def test_no_cache_is_scattered_to_what_may_repeat_or_be_outside(name: str) -> None:
+    """XLA's deterministic form of such a scatter gave wrong caches on a GPU."""
+    model, ids = variant(name), tokens()
+    state = init_state(model.config, ROWS, cache_length=LENGTH)
+    program = str(read_all.trace(model, ids, np.ones_like(ids), state).jaxpr)
+    pattern = r"scatter\[.*?mode=GatherScatterMode\.(\w+).*?unique_indices=(\w+)"
+    found = re.findall(pattern, program, re.DOTALL)
+    assert len(found) == program.count("scatter[") >= 4
+    assert all(mode != "FILL_OR_DROP" and unique == "True" for mode, unique in found)
 
 
 @pytest.mark.parametrize("name", ["holo", "hybrid"])

@@ -86,7 +86,8 @@ def _command(
         os.dup2(file.fileno(), 2)
     # Read when the first device is asked for, which the fork server has not done.
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    os.environ.update(environment, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    os.environ.update(environment, XLA_FLAGS=flags)
+    jax.config.update("jax_platforms", "cpu")  # the fork server has read the variable when it imported jax
     sys.argv = ["train.main", *arguments]
     with contextlib.ExitStack() as stack:
         for name, value in faults.items():
@@ -98,7 +99,7 @@ def _meeting(port: int, index: int, log: Path) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     join(Place(f"localhost:{port}", 2, index))
     processes = Processes()
     processes.at_end(lambda: print("given back", flush=True))
