@@ -221,11 +221,12 @@ def _unlike(members: Sequence) -> str:
 
 
 def _commands(joined: str) -> str:
-    """The commands behind a result, each on its line; more than two are folded away."""
+    """The commands behind a result and the end of their paragraph; more than two are folded away."""
     lines = [f"<code>{html.escape(line)}</code>" for line in joined.split(" && ")]
     if len(lines) <= 2:
-        return "".join(f"<br>{line}" for line in lines)
-    return f"</p><details class=meta><summary>{len(lines)} commands</summary><p>{'<br>'.join(lines)}"
+        return "".join(f"<br>{line}" for line in lines) + "</p>"
+    folded = f"<summary>{len(lines)} commands</summary><p>{'<br>'.join(lines)}</p>"
+    return f"</p><details class=meta>{folded}</details>"
 
 
 def _evaluation(evaluation) -> str:
@@ -235,7 +236,7 @@ def _evaluation(evaluation) -> str:
         f"<p class=meta>{html.escape(str(device.get('kind')))}, {html.escape(results.started)}, "
         f"{results.seconds:,.0f} s, commit <code>{html.escape(results.commit)}</code>, "
         f"jax {html.escape(str(results.versions.get('jax')))}"
-        f"{_commands(results.command)}</p>"
+        f"{_commands(results.command)}"
     ]
     for note in results.notes:
         kind = "note bad" if note.startswith(("FAILED", "unfinished")) else "note"

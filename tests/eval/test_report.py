@@ -1,5 +1,6 @@
 """The HTML report: what it finds, what it compares, and how a browser shows it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -63,7 +64,7 @@ def page(tmp_path_factory):
     needle("holo").write(root / "one" / "needle")
     needle("ssm").write(root / "two" / "needle")
     other = results("homemade", {}, [exact("number", 2.5, what="x<y"), mean("many", [1.0, 2.0])])
-    other.write(root / "two" / "homemade")
+    dataclasses.replace(other, command="a && b && c").write(root / "two" / "homemade")
     out = root / "report.html"
     assert report.main([str(root / "one"), str(root / "two"), f"--out={out}"]) == 0
     return out
@@ -83,6 +84,11 @@ def test_everything_is_in_one_file(page):
     assert links
     assert all(link.startswith(("data:", "#")) for link in links)
     assert "<script" not in text
+    assert "3 commands" in text
+    for tag in ("details", "p", "section", "table", "figure"):
+        assert len(re.findall(f"<{tag}[ >]", text)) == text.count(f"</{tag}>"), (
+            tag
+        )  # else it hides what follows
     assert text.count("prefers-color-scheme: dark)") == 1 + text.count("<picture>")
     assert text.count("<picture>") == 3
 
