@@ -253,7 +253,8 @@ def _append(
 
 def rotary_turns(config: HoloConfig) -> np.ndarray:
     """Rotary frequencies in uint32 turns a token, so that angles stay exact at any position."""
-    with jax.ensure_compile_time_eval():
+    # Constants of the program, also where a caller forbids transfers while it traces a step.
+    with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"):
         frequencies = np.asarray(rope_frequencies(config.head_dim // 2, config.rope_base), np.float64)
     return np.round(frequencies / (2 * np.pi) * 2**32).astype(np.uint64).astype(np.uint32)
 

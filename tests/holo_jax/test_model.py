@@ -179,3 +179,11 @@ def test_memory_state_is_constant_in_length() -> None:
 
 def test_full_precision_policy_is_float32() -> None:
     assert variant_config("holo", precision=FULL).precision.storage == "float32"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_traces_where_transfers_are_forbidden(name: str) -> None:
+    """The train loop traces its first step so: constants of the program must not count as transfers."""
+    model, ids = variant(name), tokens(1)
+    with jax.transfer_guard("disallow"):
+        assert jax.eval_shape(lambda ids: model(ids).logits, ids).shape == (2, LENGTH, VOCAB)
