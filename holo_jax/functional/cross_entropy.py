@@ -72,6 +72,10 @@ def _chunk_terms(
     return jnp.where(targets != IGNORE, normalizer - picked, 0), logits, normalizer, target
 
 
+def _rows(array: Float[Array, "b c d"]) -> Float[Array, "n d"]:
+    return array.reshape(-1, array.shape[-1])
+
+
 def _split(array: Array, chunk: int, fill: int = 0) -> Array:
     pad = -array.shape[1] % chunk
     widths = [(0, 0), (0, pad)] + [(0, 0)] * (array.ndim - 2)
@@ -103,8 +107,9 @@ def _summed_fwd(
         residual = jnp.exp(logits - normalizer[..., None]) - target
         d_logits = jnp.where((xs[1] != IGNORE)[..., None], residual, 0).astype(hidden.dtype)
         d_hidden = jnp.einsum("bcv,ev->bce", d_logits, stored)
+        # One axis of tokens: with two, XLA has no product on CPUs for the gradient of a transposed table.
         d_weights = d_weights + jnp.einsum(
-            "bce,bcv->ev", xs[0], d_logits, preferred_element_type=d_weights.dtype
+            "ne,nv->ev", _rows(xs[0]), _rows(d_logits), preferred_element_type=d_weights.dtype
         )
         return (total + jnp.sum(loss), d_weights), d_hidden
 

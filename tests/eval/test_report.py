@@ -85,10 +85,9 @@ def test_everything_is_in_one_file(page):
     assert all(link.startswith(("data:", "#")) for link in links)
     assert "<script" not in text
     assert "3 commands" in text
+    # A tag left open hides what follows.
     for tag in ("details", "p", "section", "table", "figure"):
-        assert len(re.findall(f"<{tag}[ >]", text)) == text.count(f"</{tag}>"), (
-            tag
-        )  # else it hides what follows
+        assert len(re.findall(f"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
     assert text.count("prefers-color-scheme: dark)") == 1 + text.count("<picture>")
     assert text.count("<picture>") == 3
 
