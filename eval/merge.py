@@ -1,11 +1,12 @@
 """Joins results of one evaluation whose models were run apart: ``python -m eval.merge RUN... --out=DIR``.
 
-The runs must have the same evaluation, device, versions and settings, but for which models were selected;
-no number may appear twice with different values. The joined file names every command and commit.
+The runs must have the same evaluation, device, versions and settings, but for which models were selected
+(also in a section of the settings); no number may appear twice with different values. The joined file names
+every command and commit.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from eval import models, plots
@@ -14,6 +15,26 @@ from eval.registry import view_of
 from eval.results import Results, write_atomically
 
 _FREE = ("select", "sections", "parts")  # settings that may differ
+
+
+def _bound(settings: Mapping) -> dict:
+    """Settings without those that may differ, in sections as well."""
+    return {
+        name: _bound(value) if isinstance(value, Mapping) else value
+        for name, value in settings.items()
+        if name not in _FREE
+    }
+
+
+def _joined(settings: Sequence[Mapping]) -> dict:
+    """Settings that are equal but for free ones, of which all entries are kept."""
+    joined = dict(settings[0])
+    for name, value in joined.items():
+        if name in _FREE:
+            joined[name] = tuple(dict.fromkeys(entry for each in settings for entry in each[name]))
+        elif isinstance(value, Mapping):
+            joined[name] = _joined([each[name] for each in settings])
+    return joined
 
 
 def merge(runs: Sequence[Results]) -> Results:
@@ -31,8 +52,9 @@ def merge(runs: Sequence[Results]) -> Results:
                 raise ValueError(
                     f"the runs differ in {name}: {getattr(first, name)} and {getattr(run, name)}"
                 )
-        for name in first.settings.keys() | run.settings.keys():
-            if name not in _FREE and first.settings.get(name) != run.settings.get(name):
+        ours, theirs = _bound(first.settings), _bound(run.settings)
+        for name in sorted(ours.keys() | theirs.keys()):
+            if ours.get(name) != theirs.get(name):
                 raise ValueError(f"the runs differ in the setting {name}; they are not comparable")
     values = {}
     for run in runs:
@@ -41,12 +63,10 @@ def merge(runs: Sequence[Results]) -> Results:
             if key in values and values[key] != value:
                 raise ValueError(f"two values for {value.metric} at {dict(value.where)}: run it once")
             values[key] = value
-    settings = dict(first.settings)
-    for name in _FREE:
-        if name in settings:
-            settings[name] = tuple(dict.fromkeys(entry for run in runs for entry in run.settings[name]))
+    settings = _joined([run.settings for run in runs])
     notes = list(dict.fromkeys(note for run in runs for note in run.notes))
-    if models.MISSING_CONTROL in notes and models.has_control(settings["models"], settings["select"]):
+    chosen = settings if "select" in settings else settings.get("presets", {})
+    if models.MISSING_CONTROL in notes and models.has_control(chosen["models"], chosen["select"]):
         notes.remove(models.MISSING_CONTROL)
     return Results(
         evaluation=first.evaluation,

@@ -158,3 +158,27 @@ def test_runs_of_different_models_merge(results):
     changed = Results(**{**vars(other), "settings": {**other.settings, "power": 0.5}})
     with pytest.raises(ValueError, match="setting power"):
         merge([results, changed])
+
+
+def test_models_of_a_section_merge(results):
+    parts = [
+        Results(
+            **{
+                **vars(results),
+                "settings": {
+                    "sections": ["presets"],
+                    "presets": {"select": [name], "models": {**MICRO["models"]}},
+                },
+                "values": (),
+                "notes": (MISSING_CONTROL,),
+            }
+        )
+        for name in ("small", "holo_512")
+    ]
+    joined = merge(parts)
+    assert joined.settings["presets"]["select"] == ("small", "holo_512")
+    assert joined.settings["sections"] == ("presets",)
+    assert MISSING_CONTROL not in joined.notes
+    parts[1].settings["presets"]["models"] = {}
+    with pytest.raises(ValueError, match="setting presets"):
+        merge(parts)
