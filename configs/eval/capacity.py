@@ -16,6 +16,7 @@ def _presets() -> dict:
         "attention": dict(preset="attention", hd_dim=64, key_conv=4),
         "holo": dict(preset="holo", hd_dim=64, phasors=16),
         "holo_sum": dict(preset="holo", erase=False, hd_dim=64, phasors=16),
+        "holo_nogate": dict(preset="holo", output_gate=False, hd_dim=64, phasors=16),
         "dual": dict(preset="dual", hd_dim=512),
         "seed": dict(preset="seed", hd_dim=1024),
         "ssm": dict(preset="ssm", hd_dim=64, phasors=16),
