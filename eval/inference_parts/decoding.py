@@ -15,10 +15,10 @@ from eval.results import Scalar, absent, exact
 from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.models import Size, model_config
 from eval.speed_parts.timing import Built, Job, compile_all, failure, median, missing, say
-from holo_jax.generate import Sampling, decoding_form, init_state, prefill, stack, state_bytes
+from holo_jax.generate import Sampling, decoding_form, init_state, prefill, state_bytes
 from holo_jax.generate.decoding import NONE, Decoding, DecodingInputs, decode_block, loop_state
 from holo_jax.generate.pending import GROUP, Held
-from holo_jax.generate.stepping import Form, choose
+from holo_jax.generate.stepping import Form, choose, pack
 from holo_jax.mixers import AttentionState
 from holo_jax.model import HoloForCausalLM, ModelState
 from holo_jax.precision import Precision
@@ -85,7 +85,7 @@ class Decoder:
 
     def packed(self, batch: int) -> Any:
         """The weights once more, where the form of this batch wants them stacked."""
-        return stack.pack(self.model) if self.form(batch).stacked else None
+        return pack(self.model, self.form(batch))
 
     def decoding(self, state: ModelState) -> Decoding:
         """What the loop carries, far from its end."""

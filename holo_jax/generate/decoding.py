@@ -11,7 +11,6 @@ from flax import nnx
 
 from holo_jax.array_types import Array, Bool, Float, Int, UInt32
 from holo_jax.config import HoloConfig
-from holo_jax.generate import stack
 from holo_jax.generate.checks import (
     Row,
     as_count,
@@ -26,7 +25,7 @@ from holo_jax.generate.pending import GROUP, hold_layers, holds, release_layers
 from holo_jax.generate.reading import PIECE_SIZE, Reading, init_state, next_logits, prefill, read
 from holo_jax.generate.sampling import Plan, Sampling, SamplingNumbers, sample
 from holo_jax.generate.state_precision import stored_dtype
-from holo_jax.generate.stepping import PORTABLE, Form, choose, join_held, split_held, step
+from holo_jax.generate.stepping import PORTABLE, Form, choose, join_held, pack, split_held, step
 from holo_jax.model import HoloForCausalLM, ModelState, positional_turns
 
 BLOCK_SIZE = 64
@@ -158,7 +157,7 @@ def generate(
     model = decoding_form(model)
     graphdef, params = nnx.split(model, nnx.Param)
     form = choose(config, batch) if stored_dtype(start.state) == "float32" else PORTABLE
-    packed = stack.pack(model) if form.stacked else None
+    packed = pack(model, form)
     decoding = Decoding(
         logits=start.logits,
         state=loop_state(config, start.state, form),
@@ -217,7 +216,7 @@ def decode_block(
       graphdef, params: ``nnx.split(decoding_form(model), nnx.Param)``.
       decoding: where it stands; its buffers are reused.
       inputs: see ``DecodingInputs``.
-      packed: ``stack.pack`` of the model for a form that needs it.
+      packed: ``stepping.pack`` of the model for this form.
       steps: tokens to draw.
       plan: ``Sampling.plan``.
       form: how tokens are read; ``decoding.state`` is ``loop_state`` of the same form.
@@ -238,8 +237,8 @@ def decode_block(
         logits = jnp.where(permitted, now.logits, -jnp.inf)
         return sample(logits, inputs.numbers, inputs.seeds, now.state.position, now.seen, plan=plan)
 
-    def after(now: Decoding, token: Array, active: Array, hidden: Array, state: ModelState) -> Decoding:
-        logits = jnp.where(active[:, None], next_logits(model, hidden), now.logits)
+    def after(now: Decoding, token: Array, active: Array, logits: Array, state: ModelState) -> Decoding:
+        logits = jnp.where(active[:, None], logits, now.logits)
         stops = jnp.any(token[:, None] == inputs.stop_tokens[None], axis=-1)
         remaining = jnp.where(active, jnp.where(stops, 0, now.remaining - 1), now.remaining)
         seen = now.seen
@@ -251,32 +250,36 @@ def decode_block(
         now, finite = carry
         token, active = draw(now), now.remaining > 0
         hidden, state = read(model, jnp.where(active, token, 0)[:, None], now.state, active[:, None], turns)
-        now = after(now, token, active, hidden, state)
+        now = after(now, token, active, next_logits(model, hidden), state)
         return (now, finite & jnp.all(jnp.isfinite(now.logits))), jnp.where(active, token, NONE)
 
-    def group(carry: tuple[Decoding, Array], number: Array) -> tuple[tuple[Decoding, Array], Array]:
-        now, finite = carry
+    # Loops count in their carry: a number sliced out of an array is a copy of its own on a GPU, which cuts
+    # the graph of a token's kernels in two.
+    def group(carry: tuple[Decoding, Array, Array], _: None) -> tuple[tuple[Decoding, Array, Array], Array]:
+        now, finite, number = carry
         fixed, moving = split_held(now.state.layers, size)
         before = now.state.position
 
-        def one(carry: tuple[Decoding, Array], index: Array) -> tuple[tuple[Decoding, Array], Array]:
-            now, finite = carry
+        def one(carry: tuple[Decoding, Array, Array], _: None) -> tuple[tuple[Decoding, Array, Array], Array]:
+            now, finite, index = carry
             # The last group may be longer than what is left of the steps.
             token, active = draw(now), (now.remaining > 0) & (number * size + index < steps)
             ids = jnp.where(active, token, 0)
-            hidden, state = step(model, ids, fixed, now.state, index, active, turns, form, packed)
-            now = after(now, token, active, hidden, state)
-            return (now, finite & jnp.all(jnp.isfinite(now.logits))), jnp.where(active, token, NONE)
+            logits, state = step(model, ids, fixed, now.state, index, active, turns, form, packed)
+            now = after(now, token, active, logits, state)
+            finite = finite & jnp.all(jnp.isfinite(now.logits))
+            return (now, finite, index + 1), jnp.where(active, token, NONE)
 
-        start = (now._replace(state=now.state._replace(layers=moving)), finite)
-        (now, finite), tokens = jax.lax.scan(one, start, jnp.arange(size, dtype=jnp.int32))
+        start = (now._replace(state=now.state._replace(layers=moving)), finite, jnp.int32(0))
+        (now, finite, _), tokens = jax.lax.scan(one, start, length=size)
         count = (now.state.position - before).astype(jnp.int32)
         state = now.state._replace(layers=join_held(fixed, now.state.layers, count))
-        return (now._replace(state=state), finite), tokens
+        return (now._replace(state=state), finite, number + 1), tokens
 
     start = (decoding, jnp.all(jnp.isfinite(decoding.logits)))
     if holds(decoding.state.layers):
-        (decoding, finite), tokens = jax.lax.scan(group, start, jnp.arange(groups, dtype=jnp.int32))
+        first = (decoding, start[1], jnp.int32(0))
+        (decoding, finite, _), tokens = jax.lax.scan(group, first, length=groups)
         tokens = tokens.reshape(groups * size, -1)[:steps]
     else:
         (decoding, finite), tokens = jax.lax.scan(one, start, length=steps)

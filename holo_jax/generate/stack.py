@@ -22,11 +22,9 @@ def pack(model: HoloForCausalLM) -> dict[str, Array]:
     def stacked(get: Any) -> Array:
         return jnp.stack([get(block) for block in blocks])
 
+    products = [_transposed(block) for block in blocks]
     arrays = {
-        "maps": stacked(lambda block: block.mixer.joined.weight[...].T),
-        "out": stacked(lambda block: block.mixer.out.weight[...].T),
-        "up": stacked(lambda block: block.mlp.joined.weight[...].T),
-        "down": stacked(lambda block: block.mlp.down.weight[...].T),
+        **{name: jnp.stack([own[name] for own in products]) for name in products[0]},
         "mixer_norm": stacked(lambda block: block.mixer_norm.weight[...]),
         "mlp_norm": stacked(lambda block: block.mlp_norm.weight[...]),
         "read_taps": stacked(lambda block: block.mixer.read_taps[...]),
@@ -39,6 +37,28 @@ def pack(model: HoloForCausalLM) -> dict[str, Array]:
     if config.erase:
         arrays["erase_bias"] = stacked(lambda block: block.mixer.erase.bias[...])
     return arrays
+
+
+@jax.jit
+def transposed(model: HoloForCausalLM) -> tuple[tuple[dict[str, Array], ...], ...]:
+    """The weights in products of every block, ``[out, in]``; of a model in decoding form."""
+    periods: Any = model.model.periods
+    return tuple(tuple(_transposed(block) for block in period.blocks) for period in periods)
+
+
+@jax.jit
+def transposed_head(model: HoloForCausalLM) -> Float[Array, "v e"]:
+    """The output projection ``[out, in]`` in the storage dtype; of a model in decoding form."""
+    return model.output_weights.T.astype(model.config.precision.storage)
+
+
+def _transposed(block: Any) -> dict[str, Array]:
+    return {
+        "maps": block.mixer.joined.weight[...].T,
+        "out": block.mixer.out.weight[...].T,
+        "up": block.mlp.joined.weight[...].T,
+        "down": block.mlp.down.weight[...].T,
+    }
 
 
 def shape_of(config: HoloConfig, rows: int, size: int, programs: int, **options: bool) -> decode_shape.Shape:

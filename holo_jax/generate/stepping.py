@@ -1,5 +1,6 @@
 """One token through a model in decoding form, with the writes of its memories held back."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,8 @@ from holo_jax.generate.pending import (
     scaled,
     supported,
 )
-from holo_jax.kernels import decode_shape
+from holo_jax.generate.reading import next_logits
+from holo_jax.kernels import decode_products, decode_shape
 from holo_jax.layers import embedding_std, lookup, project
 from holo_jax.mixers import Context
 from holo_jax.model import HoloForCausalLM, ModelState
@@ -31,21 +33,26 @@ class Form(NamedTuple):
     Attributes:
       stacked: by one kernel over all layers, on states and weights stacked over depth.
       heads: memories by a kernel.
+      products: with ``heads``, also the products between memories, with norms, gates and sums around them.
       programs: programs of the kernel over all layers.
       early, interpret: see ``decode_shape.Shape``.
     """
 
     stacked: bool = False
     heads: bool = False
+    products: bool = False
     programs: int = 1
     early: bool = True
     interpret: bool = False
 
 
 PORTABLE = Form()
-# A kernel joins when it has been equal to the definition, and faster, on hardware.
+# A kernel joins when it has been equal to the definition, and faster, on hardware: "products" has not yet.
 AUTOMATIC: tuple[str, ...] = ("stack", "heads")
 _STACK_ROWS = 1  # with more, one kernel a layer and products of the compiler's are faster; with one, slower
+# One row takes a kernel a layer from this many bytes of weights a layer: at width 1024 (25 MB) it was slower
+# than the portable form, at 2048 (99 MB) sixteen rows by it took 0.73 of one row's time without.
+_HEADS_BYTES = 2**25
 
 
 def choose(config: HoloConfig, rows: int) -> Form:
@@ -55,16 +62,32 @@ def choose(config: HoloConfig, rows: int) -> Form:
     programs = max(decode_shape.multiprocessors(), 1)
     shape = stack.shape_of(config, rows, GROUP, programs)
     every = config.mlp == "swiglu" and config.norm == "rmsnorm" and not config.anchor_every
+    heads = decode_shape.unsupported_heads(shape) is None
     if (
         "stack" in AUTOMATIC
         and every
         and rows <= _STACK_ROWS
         and decode_shape.unsupported(shape, config.precision.storage) is None
+        and decode_products.unsupported(rows, (shape.width,)) is None
     ):
         return Form(stacked=True, programs=programs, early=False)
-    if "heads" in AUTOMATIC and rows > _STACK_ROWS and decode_shape.unsupported_heads(shape) is None:
+    if (
+        "products" in AUTOMATIC
+        and every
+        and heads
+        and jnp.dtype(config.precision.storage) == jnp.bfloat16
+        and decode_products.unsupported(rows, (shape.width, shape.values, shape.hidden)) is None
+    ):
+        return Form(heads=True, products=True)
+    if "heads" in AUTOMATIC and heads and (rows > _STACK_ROWS or _layer_bytes(shape, config) >= _HEADS_BYTES):
         return Form(heads=True)
     return PORTABLE
+
+
+def _layer_bytes(shape: decode_shape.Shape, config: HoloConfig) -> int:
+    """Bytes of a layer's weights in products."""
+    numbers = sum(part.outputs * part.depth * part.halves for part in decode_shape.parts(shape).values())
+    return numbers * jnp.dtype(config.precision.storage).itemsize
 
 
 def room(size: int) -> int:
@@ -106,8 +129,8 @@ def step(
     active: Bool[Array, "b"],
     turns: Array | None,
     form: Form,
-    packed: dict[str, Array] | None = None,
-) -> tuple[Float[Array, "b e"], ModelState]:
+    packed: Any = None,
+) -> tuple[Float[Array, "b v"], ModelState]:
     """Reads one token a row; rows that are not active keep their state.
 
     Args:
@@ -118,10 +141,10 @@ def step(
       active: rows that read.
       turns: see ``HoloModel``.
       form: how.
-      packed: weights for the kernel over all layers.
+      packed: ``pack`` of the model.
 
     Returns:
-      The final hidden state, and ``moving`` after the token.
+      Logits in float32, and ``moving`` after the token.
     """
     config = model.config
     x = lookup(model.model.embedding[...], tokens[:, None], config.precision.storage)
@@ -142,7 +165,7 @@ def step(
         )
         x, pending, counter = stack.through(
             shape,
-            packed,
+            packed["stack"],
             x[:, 0],
             fixed,
             own.pending,
@@ -153,7 +176,7 @@ def step(
             own.launch,
         )
         after: Any = stack.Moving(pending, counter, own.launch + 1)
-        return model.model.norm(x), ModelState(after, position, segment)
+        return _logits(model, x, form, packed), ModelState(after, position, segment)
     context = Context(
         moving.position[:, None],
         segment[:, None],
@@ -168,7 +191,10 @@ def step(
         states = []
         for k, block in enumerate(period.blocks):
             held, state = fixed[n][k], moving.layers[n][k]
-            if held is None:
+            if form.products:
+                weights = packed["blocks"][n][k]
+                x, state = _by_products(block, weights, x, held, state, index, active, moving.position, form)
+            elif held is None:
                 own = None if own_turns is None else own_turns[k]
                 # With a state a block leaves nothing for the next one to add.
                 x, _, state = block(x, None, context, own, state)
@@ -181,7 +207,50 @@ def step(
                     x = x + block.mlp(block.mlp_norm(x))
             states.append(state)
         layers.append(tuple(states))
-    return model.model.norm(x)[:, 0], ModelState(tuple(layers), position, segment)
+    return _logits(model, x[:, 0], form, packed), ModelState(tuple(layers), position, segment)
+
+
+def pack(model: HoloForCausalLM, form: Form) -> Any:
+    """The weights once more as kernels want them, or None where the form has none; see ``stack``."""
+    if form.stacked:
+        return {"stack": stack.pack(model), "head": stack.transposed_head(model)}
+    if form.products:
+        return {"blocks": stack.transposed(model), "head": stack.transposed_head(model)}
+    return None
+
+
+def _logits(model: HoloForCausalLM, x: Float[Array, "b e"], form: Form, packed: Any) -> Float[Array, "b v"]:
+    """From the residual stream after the last block to logits; in its forms by a kernel too."""
+    if packed is None:
+        return next_logits(model, model.model.norm(x[:, None])[:, 0])
+    norm = model.model.norm
+    weight = norm.weight[...]
+    logits = decode_products.product(
+        "maps", x, packed["head"], norm=weight, eps=norm.eps, interpret=form.interpret
+    )
+    return logits.astype(model.config.precision.logits).astype(jnp.float32)
+
+
+def _by_products(
+    block: Any,
+    weights: dict[str, Array],
+    x: Float[Array, "b 1 e"],
+    held: Held,
+    pending: Pending,
+    index: Array,
+    active: Array,
+    position: Array,
+    form: Form,
+) -> tuple[Float[Array, "b 1 e"], Pending]:
+    """A block on one token by five kernels."""
+    interpret = form.interpret
+    product = partial(decode_products.product, eps=block.mixer_norm.eps, interpret=interpret)
+    x = x[:, 0]
+    y = product("maps", x, weights["maps"], norm=block.mixer_norm.weight[...])
+    z, pending = stack.heads(block.mixer, y, held, pending, index, active, position, interpret)
+    x = product("added", z, weights["out"], residual=x)
+    hidden = product("gated", x, weights["up"], norm=block.mlp_norm.weight[...])
+    return product("added", hidden, weights["down"], residual=x)[:, None], pending
 
 
 def _mix(

@@ -15,7 +15,7 @@ from holo_jax.generate import Sampling, decoding_form, init_state, pending, pref
 from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, loop_state
 from holo_jax.generate.forms import is_split
 from holo_jax.generate.pending import Token
-from holo_jax.generate.stepping import Form, split_held, step
+from holo_jax.generate.stepping import Form, pack, split_held, step
 from holo_jax.kernels import decode_shape, decode_stack
 from holo_jax.mixers import MemoryMixerState
 from holo_jax.model import HoloForCausalLM
@@ -121,8 +121,9 @@ def small(**changes: object) -> HoloConfig:
     [
         (Form(stacked=True, interpret=True), dict(hidden_size=8, hd_dim=8, head_dim=8, phasors=8)),
         (Form(heads=True, interpret=True), dict(erase=False, num_hidden_layers=1)),
+        (Form(heads=True, products=True, interpret=True), {}),
     ],
-    ids=["stack", "heads-of-a-sum"],
+    ids=["stack", "heads-of-a-sum", "products"],
 )
 def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict) -> None:
     """Tokens, logits and state of a block in which one row ends, in Pallas' interpreter."""
@@ -135,8 +136,8 @@ def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict) -> N
     seeds = jnp.arange(2, dtype=jnp.uint32)
     inputs = DecodingInputs(sampling.numbers, seeds, jnp.full((4,), -1, jnp.int32), allowed)
     results = []
-    packed = stack.pack(model)
     for own in (Form(), form):
+        packed = pack(model, own)
         state = loop_state(config, start.state, own)
         begin = Decoding(start.logits, state, jnp.asarray([6, 3]), None)
         lowered = decode_block.lower(
@@ -193,7 +194,7 @@ def test_the_kernels_lower_for_a_gpu() -> None:
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 5, 64])
 def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int) -> None:
     """The compiled kernels, all programs together, on tokens that are given; bfloat16 against float32.
 
@@ -208,11 +209,10 @@ def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int) ->
     start = prefill(model, ids[:, :4])
     programs = decode_shape.multiprocessors()
     distance = {}
-    for name, form in (
-        ("portable", Form()),
-        ("heads", Form(heads=True)),
-        ("stack", Form(stacked=True, programs=programs, early=False)),
-    ):
+    forms = {"portable": Form(), "heads": Form(heads=True), "products": Form(heads=True, products=True)}
+    if rows <= decode_shape.MAX_ROWS:
+        forms["stack"] = Form(stacked=True, programs=programs, early=False)
+    for name, form in forms.items():
 
         @jax.jit
         def run(model, packed, state, ids, form=form):
@@ -220,14 +220,14 @@ def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int) ->
 
             def one(moving, x):
                 active = jnp.ones((rows,), bool)
-                hidden, moving = step(model, x[1], fixed, moving, x[0], active, None, form, packed)
-                return moving, model.logits(hidden[:, None])[:, 0]
+                logits, moving = step(model, x[1], fixed, moving, x[0], active, None, form, packed)
+                return moving, logits
 
             begin = state._replace(layers=moving)
             return jax.lax.scan(one, begin, (jnp.arange(8, dtype=jnp.int32), ids.T))[1]
 
-        packed = stack.pack(model) if form.stacked else None
+        packed = pack(model, form)
         logits = run(model, packed, loop_state(config, start.state, form), jnp.asarray(ids[:, 4:]))
         logits = np.moveaxis(np.asarray(logits, np.float64), 0, 1)
         distance[name] = np.sqrt(np.mean((logits - full) ** 2)) / full.std()
-    assert max(distance["heads"], distance["stack"]) < 1.25 * distance["portable"] + 1e-3
+    assert max(distance.values()) < 1.25 * distance["portable"] + 1e-3

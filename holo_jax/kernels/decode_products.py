@@ -1,0 +1,253 @@
+"""Products of few rows with a weight, with what stands before and after them (Pallas, lowered to Triton).
+
+A token of few rows costs what reading the weights costs, plus what starts and ends of kernels cost. Three
+kinds of product make a layer beside its memory (``decode_stack.run_heads``), each one kernel:
+
+* ``maps``: of the RMSNorm of the residual stream, in float32;
+* ``gated``: of the RMSNorm, ``silu(gate) * up``;
+* ``added``: the residual stream plus the product.
+
+The norm costs no pass of its own: its weight is multiplied in before the product, and one over the root mean
+square, which is summed on the way, after it. So the normed row is not rounded as a whole, its terms are.
+
+Weights are ``[out, in]``. With at most ``SUMMED`` rows a program takes a few rows of the weight, one a warp,
+so sums stay inside warps, and asks for several pieces of them before it needs the first. With more rows
+it is a product of tiles on tensor cores over a pipeline of the compiler's.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from holo_jax.array_types import Array, Float
+
+# Batches up to this are summed by lanes; more rows would keep more sums than a thread has registers.
+SUMMED = 4
+MAX_ROWS = 64
+_LEAST_CHUNK = 64
+
+
+class Tiling(NamedTuple):
+    """Shape of a program; results differ by rounding only.
+
+    Attributes:
+      outputs: rows of the weight that a program takes; with sums by lanes also its warps.
+      chunk: columns of the weight taken at a time.
+      ahead: chunks asked for before the first is needed, or stages of the pipeline.
+      warps: warps of a program.
+    """
+
+    outputs: int
+    chunk: int
+    ahead: int
+    warps: int
+
+
+SUMS = Tiling(outputs=4, chunk=256, ahead=8, warps=4)
+TILES = Tiling(outputs=16, chunk=128, ahead=5, warps=4)
+
+
+class Product(NamedTuple):
+    """What is static about a call.
+
+    Attributes:
+      kind: ``maps``, ``gated`` or ``added``.
+      rows, depth, outputs: of the result ``[rows, outputs]``, summed over ``depth``.
+      eps: of the norm.
+      tiling: shape of a program.
+      interpret: run in Pallas' interpreter.
+    """
+
+    kind: str
+    rows: int
+    depth: int
+    outputs: int
+    eps: float
+    tiling: Tiling
+    interpret: bool
+
+    @property
+    def halves(self) -> int:
+        """Weights of one result: ``up`` and ``gate``, one above the other, or one."""
+        return 2 if self.kind == "gated" else 1
+
+    @property
+    def normed(self) -> bool:
+        """Whether the input is normed."""
+        return self.kind != "added"
+
+
+def chunk_of(depth: int, most: int) -> int:
+    """The largest power of two up to ``most`` that divides ``depth``."""
+    return min(depth & -depth, most)
+
+
+def unsupported(rows: int, depths: tuple[int, ...]) -> str | None:
+    """Why products of these depths cannot run by kernels, or None."""
+    if rows > MAX_ROWS:
+        return f"the batch has {rows} rows; it must have at most {MAX_ROWS}"
+    for depth in depths:
+        if depth % _LEAST_CHUNK:
+            return f"a product sums over {depth} columns; it must be a multiple of {_LEAST_CHUNK}"
+    return None
+
+
+def product(
+    kind: str,
+    x: Float[Array, "b i"],
+    weight: Float[Array, "o i"],
+    *,
+    norm: Float[Array, " i"] | None = None,
+    residual: Float[Array, "b o"] | None = None,
+    eps: float = 0.0,
+    interpret: bool = False,
+) -> Float[Array, "b r"]:
+    """One of the products above.
+
+    Args:
+      kind: ``maps`` and ``gated`` norm their input with the weight ``norm``; ``added`` adds ``residual``.
+      x: rows in the storage dtype.
+      weight: in the storage dtype, for ``gated`` the rows of ``up`` and then those of ``gate``.
+      norm: weight of the norm in float32.
+      residual: rows in the storage dtype.
+      eps: of the norm.
+      interpret: run in Pallas' interpreter, anywhere.
+
+    Returns:
+      Float32 for ``maps``, else the storage dtype; ``[b, o]``, of ``gated`` half as many columns.
+    """
+    rows, depth = x.shape
+    summed = rows <= SUMMED
+    tiling = SUMS if summed else TILES
+    tiling = tiling._replace(chunk=chunk_of(depth, tiling.chunk))
+    outputs = weight.shape[0] // (2 if kind == "gated" else 1)
+    call = Product(kind, rows, depth, outputs, eps, tiling, interpret)
+    given = {"x": x, "weight": weight, "norm": norm, "residual": residual}
+    inputs = {name: array for name, array in given.items() if array is not None}
+    body = _summed if summed else _tiled
+
+    def kernel(ins: dict[str, Any], out: Any) -> None:
+        body(call, {**ins, "out": out})
+
+    stages = 1 if summed else tiling.ahead
+    return pl.pallas_call(
+        kernel,
+        out_shape=jax.ShapeDtypeStruct((rows, outputs), jnp.float32 if kind == "maps" else x.dtype),
+        grid=(pl.cdiv(outputs, tiling.outputs),),
+        compiler_params=None
+        if interpret
+        else plgpu.CompilerParams(num_warps=tiling.warps, num_stages=stages),
+        interpret=interpret,
+        name=f"decode_{kind}",
+    )(inputs)
+
+
+def _block(rows: Array, columns: Array) -> tuple[Array, Array]:
+    """Indices of a block."""
+    shape = (rows.shape[0], columns.shape[0])
+    return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
+
+
+def _outputs(call: Product) -> Array:
+    """The columns of the result that this program makes; the last one's may lie past the end."""
+    return pl.program_id(0) * call.tiling.outputs + jax.lax.iota(jnp.int32, call.tiling.outputs)
+
+
+def _finish(call: Product, refs: dict[str, Any], sums: list[Array], at: tuple[Array, ...]) -> Array:
+    """From float32 products to the result, at indices of it that exist."""
+    if call.kind == "maps":
+        return sums[0]
+    storage = refs["x"].dtype
+    rounded = [y.astype(storage).astype(jnp.float32) for y in sums]
+    if call.kind == "gated":
+        up, gate = rounded
+        return (gate * jax.nn.sigmoid(gate) * up).astype(storage)
+    return (plgpu.load(refs["residual"].at[at]).astype(jnp.float32) + rounded[0]).astype(storage)
+
+
+def _summed(call: Product, refs: dict[str, Any]) -> None:
+    """A program of few rows: a warp multiplies and sums whole rows of the weight."""
+    tiling = call.tiling
+    outputs = _outputs(call)
+    inside = jnp.minimum(outputs, call.outputs - 1)
+    chunks = call.depth // tiling.chunk
+    lanes = jax.lax.iota(jnp.int32, tiling.chunk)
+    zero = pl.program_id(0) * 0
+
+    def weights(chunk: int) -> list[Array]:
+        found = []
+        for half in range(call.halves):
+            at = _block(inside + half * call.outputs, chunk * tiling.chunk + lanes)
+            found.append(plgpu.load(refs["weight"].at[*at]))
+        return found
+
+    def inputs(chunk: int) -> tuple[list[Array], list[Array]]:
+        """The rows' terms, times the norm's weight, and their squares; the same in every warp."""
+        _, columns = _block(outputs, chunk * tiling.chunk + lanes)
+        terms = [
+            plgpu.load(refs["x"].at[row + zero, columns]).astype(jnp.float32) for row in range(call.rows)
+        ]
+        if not call.normed:
+            return terms, []
+        scale = plgpu.load(refs["norm"].at[columns])
+        return [term * scale for term in terms], [term * term for term in terms]
+
+    asked = [weights(chunk) for chunk in range(min(tiling.ahead, chunks))]
+    sums: list[list[Any]] = [[0.0] * call.halves for _ in range(call.rows)]
+    squares: list[Any] = [0.0] * call.rows
+    for chunk in range(chunks):
+        own = [weight.astype(jnp.float32) for weight in asked.pop(0)]
+        if chunk + tiling.ahead < chunks:
+            asked.append(weights(chunk + tiling.ahead))
+        terms, square = inputs(chunk)
+        for row, term in enumerate(terms):
+            for half, weight in enumerate(own):
+                sums[row][half] += weight * term
+            if call.normed:
+                squares[row] += square[row]
+    for row in range(call.rows):
+        found = [jnp.sum(total, axis=1) for total in sums[row]]
+        if call.normed:
+            inverse = jax.lax.rsqrt(jnp.sum(squares[row], axis=1) * (1.0 / call.depth) + call.eps)
+            found = [y * inverse for y in found]
+        own_row = jnp.full_like(inside, row)
+        result = _finish(call, refs, found, (own_row, inside))
+        plgpu.store(refs["out"].at[own_row, outputs], result, mask=outputs < call.outputs)
+
+
+def _tiled(call: Product, refs: dict[str, Any]) -> None:
+    """A program of more rows: tiles of the weight, multiplied with all rows."""
+    tiling = call.tiling
+    count = max(16, pl.next_power_of_2(call.rows))
+    rows, outputs = jax.lax.iota(jnp.int32, count), _outputs(call)
+    there, inside = jnp.minimum(rows, call.rows - 1), jnp.minimum(outputs, call.outputs - 1)
+    lanes = jax.lax.iota(jnp.int32, tiling.chunk)
+    storage = refs["x"].dtype
+    across = (((1,), (1,)), ((), ()))
+
+    def step(chunk: Array, carry: tuple[tuple[Array, ...], Any]) -> tuple[tuple[Array, ...], Any]:
+        sums, squares = carry
+        columns = chunk * tiling.chunk + lanes
+        x = plgpu.load(refs["x"].at[*_block(there, columns)])
+        if call.normed:
+            wide = x.astype(jnp.float32)
+            squares += wide * wide
+            x = (wide * plgpu.load(refs["norm"].at[columns])[None, :]).astype(storage)
+        found = []
+        for half, total in enumerate(sums):
+            weight = plgpu.load(refs["weight"].at[*_block(inside + half * call.outputs, columns)])
+            found.append(total + jax.lax.dot_general(x, weight, across, preferred_element_type=jnp.float32))
+        return tuple(found), squares
+
+    zeros = jnp.zeros((count, tiling.outputs), jnp.float32)
+    start = jnp.zeros((count, tiling.chunk) if call.normed else (1, 1), jnp.float32)
+    sums, squares = jax.lax.fori_loop(0, call.depth // tiling.chunk, step, ((zeros,) * call.halves, start))
+    if call.normed:
+        inverse = jax.lax.rsqrt(jnp.sum(squares, axis=1) * (1.0 / call.depth) + call.eps)
+        sums = tuple(y * inverse[:, None] for y in sums)
+    result = _finish(call, refs, list(sums), _block(there, inside))
+    mask = (rows < call.rows)[:, None] & (outputs < call.outputs)[None, :]
+    plgpu.store(refs["out"].at[*_block(rows, outputs)], result, mask=mask)
