@@ -270,7 +270,8 @@ def decode_block(
             finite = finite & jnp.all(jnp.isfinite(now.logits))
             return (now, finite, index + 1), jnp.where(active, token, NONE)
 
-        start = (now._replace(state=now.state._replace(layers=moving)), finite, jnp.int32(0))
+        now = now._replace(state=now.state._replace(layers=moving))
+        start: tuple[Decoding, Array, Array] = (now, finite, jnp.int32(0))
         (now, finite, _), tokens = jax.lax.scan(one, start, length=size)
         count = (now.state.position - before).astype(jnp.int32)
         state = now.state._replace(layers=join_held(fixed, now.state.layers, count))
@@ -278,7 +279,7 @@ def decode_block(
 
     start = (decoding, jnp.all(jnp.isfinite(decoding.logits)))
     if holds(decoding.state.layers):
-        first = (decoding, start[1], jnp.int32(0))
+        first: tuple[Decoding, Array, Array] = (*start, jnp.int32(0))
         (decoding, finite, _), tokens = jax.lax.scan(group, first, length=groups)
         tokens = tokens.reshape(groups * size, -1)[:steps]
     else:
