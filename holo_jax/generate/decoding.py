@@ -255,12 +255,12 @@ def decode_block(
 
     # Loops count in their carry: a number sliced out of an array is a copy of its own on a GPU, which cuts
     # the graph of a token's kernels in two.
-    def group(carry: tuple[Decoding, Array, Array], _: None) -> tuple[tuple[Decoding, Array, Array], Array]:
+    def group(carry: tuple[Decoding, Array, Array], no: None) -> tuple[tuple[Decoding, Array, Array], Array]:
         now, finite, number = carry
         fixed, moving = split_held(now.state.layers, size)
         before = now.state.position
 
-        def one(carry: tuple[Decoding, Array, Array], _: None) -> tuple[tuple[Decoding, Array, Array], Array]:
+        def one(carry: tuple[Decoding, Array, Array], no: None) -> tuple[tuple[Decoding, Array, Array], Array]:
             now, finite, index = carry
             # The last group may be longer than what is left of the steps.
             token, active = draw(now), (now.remaining > 0) & (number * size + index < steps)
@@ -270,8 +270,7 @@ def decode_block(
             finite = finite & jnp.all(jnp.isfinite(now.logits))
             return (now, finite, index + 1), jnp.where(active, token, NONE)
 
-        now = now._replace(state=now.state._replace(layers=moving))
-        start: tuple[Decoding, Array, Array] = (now, finite, jnp.int32(0))
+        start = (now._replace(state=now.state._replace(layers=moving)), finite, jnp.int32(0))
         (now, finite, _), tokens = jax.lax.scan(one, start, length=size)
         count = (now.state.position - before).astype(jnp.int32)
         state = now.state._replace(layers=join_held(fixed, now.state.layers, count))
@@ -279,8 +278,7 @@ def decode_block(
 
     start = (decoding, jnp.all(jnp.isfinite(decoding.logits)))
     if holds(decoding.state.layers):
-        first: tuple[Decoding, Array, Array] = (*start, jnp.int32(0))
-        (decoding, finite, _), tokens = jax.lax.scan(group, first, length=groups)
+        (decoding, finite, _), tokens = jax.lax.scan(group, (*start, jnp.int32(0)), length=groups)
         tokens = tokens.reshape(groups * size, -1)[:steps]
     else:
         (decoding, finite), tokens = jax.lax.scan(one, start, length=steps)
