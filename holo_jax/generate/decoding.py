@@ -195,6 +195,10 @@ def generate(
     return Generated(tokens, stopped, decoding.logits, state, decoding.seen)
 
 
+# Where a loop stands, whether all logits were finite, and how often it went round.
+_Counted = tuple[Decoding, Array, Array]
+
+
 @partial(jax.jit, static_argnums=0, static_argnames=("steps", "plan", "form"), donate_argnums=2)
 def decode_block(
     graphdef: Any,
@@ -255,12 +259,12 @@ def decode_block(
 
     # Loops count in their carry: a number sliced out of an array is a copy of its own on a GPU, which cuts
     # the graph of a token's kernels in two.
-    def group(carry: tuple[Decoding, Array, Array], no: None) -> tuple[tuple[Decoding, Array, Array], Array]:
+    def group(carry: _Counted, no: None) -> tuple[_Counted, Array]:
         now, finite, number = carry
         fixed, moving = split_held(now.state.layers, size)
         before = now.state.position
 
-        def one(carry: tuple[Decoding, Array, Array], no: None) -> tuple[tuple[Decoding, Array, Array], Array]:
+        def one(carry: _Counted, no: None) -> tuple[_Counted, Array]:
             now, finite, index = carry
             # The last group may be longer than what is left of the steps.
             token, active = draw(now), (now.remaining > 0) & (number * size + index < steps)
