@@ -157,17 +157,38 @@ class _Walk:
         active = plgpu.load(refs["active"].at[row])
         y, storage = refs["y"], refs["z"].dtype
         phasors, channels = jax.lax.iota(jnp.int32, m), jax.lax.iota(jnp.int32, d)
+        slots = jax.lax.iota(jnp.int32, shape.size)
+        # Other programs write the maps of a layer only where several walk together.
+        fresh = shape.programs > 1
+
+        def block(rows: Array, width: int) -> tuple[Array, Array]:
+            columns = jax.lax.iota(jnp.int32, width)
+            size = (rows.shape[0], width)
+            return jnp.broadcast_to(rows[:, None], size), jnp.broadcast_to(columns[None, :], size)
+
+        # Most of the bytes, which wait for nothing: asked for first, they arrive while keys are worked out.
+        memory, held = [], []
+        for plane in (0, 1):
+            at, across = block(plane * m + phasors, d)
+            memory.append(plgpu.load(refs["memory"].at[layer, row, head, at, across]))
+            at, across = block(slots, m)
+            held.append(plgpu.load(refs["keys"].at[layer, row, head, at, plane * m + across]))
+        at, across = block(slots, d)
+        bound = plgpu.load(refs["written"].at[layer, row, head, at, across])
+
+        def map_of(column: Array) -> Array:
+            return plgpu.load(y.at[row, column], volatile=fresh)
 
         def stored(name: str) -> Array:
-            x = plgpu.load(y.at[row, offsets[name] + head * d + channels], volatile=True)
+            x = map_of(offsets[name] + head * d + channels)
             return x.astype(storage).astype(jnp.float32)
 
         def gate(name: str) -> Array:
-            x = plgpu.load(y.at[row, offsets[name] + head], volatile=True)
+            x = map_of(offsets[name] + head)
             return jax.nn.sigmoid(x + plgpu.load(refs[f"{name}_bias"].at[layer, head]))
 
         columns = head * m + phasors
-        raw = shape.phase_scale * plgpu.load(y.at[row, offsets["phases"] + columns], volatile=True)
+        raw = shape.phase_scale * map_of(offsets["phases"] + columns)
         plgpu.store(refs["phases"].at[layer, row, index + (shape.taps - 1), columns], raw)
         angles = []
         for name in ("write_taps", "read_taps"):
@@ -181,25 +202,12 @@ class _Walk:
         for angle in angles:
             sine, cosine = sin_cos_reduced(angle, jnp.floor(angle * (0.5 / jnp.pi) + 0.5))
             keys.append((cosine * m**-0.5, sine * m**-0.5))
-        slots = jax.lax.iota(jnp.int32, shape.size)
-
-        def block(rows: Array, width: int) -> tuple[Array, Array]:
-            columns = jax.lax.iota(jnp.int32, width)
-            size = (rows.shape[0], width)
-            return jnp.broadcast_to(rows[:, None], size), jnp.broadcast_to(columns[None, :], size)
-
-        at, across = block(slots, d)
-        bound = plgpu.load(refs["written"].at[layer, row, head, at, across])
         sums = [jnp.zeros((d,), jnp.float32) for _ in keys]
         scores = [jnp.zeros((shape.size,), jnp.float32) for _ in keys]
         for plane in (0, 1):
-            at, across = block(plane * m + phasors, d)
-            memory = plgpu.load(refs["memory"].at[layer, row, head, at, across])
-            at, across = block(slots, m)
-            held = plgpu.load(refs["keys"].at[layer, row, head, at, plane * m + across])
             for number, key in enumerate(keys):
-                sums[number] += jnp.sum(key[plane][:, None] * memory, axis=0)
-                scores[number] += jnp.sum(key[plane][None, :] * held, axis=1)
+                sums[number] += jnp.sum(key[plane][:, None] * memory[plane], axis=0)
+                scores[number] += jnp.sum(key[plane][None, :] * held[plane], axis=1)
         # What is not yet written is zero only before the first group that used this room.
         scores = [jnp.where(slots < index, score, 0.0) for score in scores]
         before = [s + jnp.sum(score[:, None] * bound, axis=0) for s, score in zip(sums, scores, strict=True)]
