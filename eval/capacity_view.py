@@ -1,6 +1,6 @@
 """Tables and plots of ``eval.capacity``."""
 
-from eval import plots
+from eval import plots, raw_recall_view
 from eval.common import cell, markdown_table
 from eval.results import Results
 
@@ -136,7 +136,7 @@ _TABLES = {
 
 
 def figures(results: Results, theme: str) -> dict:
-    """``capacity``: one panel for each section that was run; ``decoder`` its own figure."""
+    """``capacity``: a panel a section that was run; ``decoder`` and ``presets`` have their own."""
     panels = [s for s in results.settings["sections"] if s in _PANELS]
     drawn = {}
     with plots.style(theme):
@@ -151,6 +151,8 @@ def figures(results: Results, theme: str) -> dict:
             drawn["capacity"] = figure
         if "decoder" in results.settings["sections"]:
             drawn["decoder"] = _decoder_figure(results, theme)
+        if results.select("accuracy", section="presets"):
+            drawn["presets"] = raw_recall_view.figure(results, theme)
     return drawn
 
 

@@ -219,7 +219,7 @@ def run(
     *,
     figures: Callable[[Results, str], dict],
     table: Callable[[Results], str],
-    seeds: Callable[[object], Sequence[int]],
+    seeds: Callable[[object], Sequence[int]] = lambda settings: (settings.seed,),
     argv: Sequence[str] | None = None,
 ) -> int:
     """The command line of one evaluation; returns the exit code.
@@ -230,7 +230,7 @@ def run(
       evaluate: ``(settings, reporter) -> None``; adds its values to the reporter.
       figures: ``(results, theme) -> {file stem: Figure}``.
       table: ``results -> Markdown``.
-      seeds: settings to the seeds they use.
+      seeds: settings to the seeds they use; by default their one ``seed``.
       argv: arguments without the program name (default: those of the process).
     """
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -11,7 +11,7 @@ import sys
 
 from eval import common
 from eval.common import Reporter, UsageError, cell, markdown_table
-from eval.opened import RANDOM, open_model
+from eval.opened import open_model, require_checkpoint
 from eval.results import Results, Value
 
 _Z = 1.959963984540054
@@ -33,10 +33,7 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise ValueError(
-                f"checkpoint is empty; give a run directory, or {RANDOM!r} for an untrained model"
-            )
+        require_checkpoint(self.checkpoint)
         if not self.tasks:
             raise ValueError("tasks is empty; name at least one task")
         if self.num_fewshot < -1:
@@ -116,9 +113,7 @@ def figures(results: Results, theme: str) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs from the command line; returns the exit code."""
-    return common.run(
-        "harness", Settings, evaluate, figures=figures, table=table, seeds=lambda s: (s.seed,), argv=argv
-    )
+    return common.run("harness", Settings, evaluate, figures=figures, table=table, argv=argv)
 
 
 if __name__ == "__main__":

@@ -142,15 +142,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the evaluation; returns the exit code."""
-    return common.run(
-        "inference",
-        Settings,
-        evaluate,
-        figures=figures,
-        table=table,
-        seeds=lambda settings: (settings.seed,),
-        argv=argv,
-    )
+    return common.run("inference", Settings, evaluate, figures=figures, table=table, argv=argv)
 
 
 if __name__ == "__main__":

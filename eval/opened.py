@@ -19,6 +19,16 @@ from train.data import python_source
 RANDOM = "random"
 
 
+def require_checkpoint(checkpoint: str) -> None:
+    """Checks that a checkpoint was named.
+
+    Raises:
+      ValueError: saying what to give.
+    """
+    if not checkpoint:
+        raise ValueError(f"checkpoint is empty; give a run directory, or {RANDOM!r} for an untrained model")
+
+
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """A model to evaluate.

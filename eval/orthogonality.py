@@ -263,15 +263,7 @@ def figures(results: Results, theme: str) -> dict:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs from the command line; returns the exit code."""
-    return common.run(
-        "orthogonality",
-        Settings,
-        evaluate,
-        figures=figures,
-        table=table,
-        seeds=lambda s: (s.seed,),
-        argv=argv,
-    )
+    return common.run("orthogonality", Settings, evaluate, figures=figures, table=table, argv=argv)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from eval import common, perplexity_view
 from eval.common import Reporter, UsageError
 from eval.failures import as_status
 from eval.intervals import bootstrap
-from eval.opened import RANDOM, limit, open_documents, open_model, take_by_subset
+from eval.opened import limit, open_documents, open_model, require_checkpoint, take_by_subset
 from eval.protocols import readings
 from eval.results import Value, absent, exact
 from eval.token_losses import LossReader, read_all
@@ -48,10 +48,7 @@ class Settings:
     seed: int
 
     def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise ValueError(
-                f"checkpoint is empty; give a run directory, or {RANDOM!r} for an untrained model"
-            )
+        require_checkpoint(self.checkpoint)
         if list(self.buckets) != sorted(set(self.buckets)) or len(self.buckets) < 2 or self.buckets[0] != 0:
             raise ValueError(f"buckets is {self.buckets}; it needs increasing borders from 0")
         if not 2 <= self.min_tokens <= self.max_tokens:
@@ -191,9 +188,7 @@ figures, table = perplexity_view.figures, perplexity_view.table
 
 def main(argv: list[str] | None = None) -> int:
     """Runs from the command line; returns the exit code."""
-    return common.run(
-        "perplexity", Settings, evaluate, figures=figures, table=table, seeds=lambda s: (s.seed,), argv=argv
-    )
+    return common.run("perplexity", Settings, evaluate, figures=figures, table=table, argv=argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 from eval import common, ruler_view
 from eval.common import Reporter
 from eval.failures import as_status
-from eval.opened import RANDOM, Opened, open_model
+from eval.opened import Opened, open_model, require_checkpoint
 from eval.published import RULER, RULER_CITATION
 from eval.results import absent, mean, proportion, published
 from eval.ruler_tasks import SINGLES, TASKS, fit, prose, score
@@ -39,10 +39,7 @@ class Settings:
     published: bool
 
     def __post_init__(self) -> None:
-        if not self.checkpoint:
-            raise ValueError(
-                f"checkpoint is empty; give a run directory, or {RANDOM!r} for an untrained model"
-            )
+        require_checkpoint(self.checkpoint)
         for task in self.tasks:
             if task not in TASKS:
                 raise ValueError(f"tasks has {task!r}; known are {', '.join(TASKS)}")
@@ -149,9 +146,7 @@ figures, table = ruler_view.figures, ruler_view.table
 
 def main(argv: list[str] | None = None) -> int:
     """Runs from the command line; returns the exit code."""
-    return common.run(
-        "ruler", Settings, evaluate, figures=figures, table=table, seeds=lambda s: (s.seed,), argv=argv
-    )
+    return common.run("ruler", Settings, evaluate, figures=figures, table=table, argv=argv)
 
 
 if __name__ == "__main__":

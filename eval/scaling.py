@@ -412,15 +412,7 @@ table, figures = scaling_view.table, scaling_view.figures
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the evaluation; returns the exit code."""
-    return common.run(
-        "scaling",
-        Settings,
-        evaluate,
-        figures=figures,
-        table=table,
-        seeds=lambda settings: (settings.seed,),
-        argv=argv,
-    )
+    return common.run("scaling", Settings, evaluate, figures=figures, table=table, argv=argv)
 
 
 if __name__ == "__main__":

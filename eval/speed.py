@@ -233,15 +233,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the evaluation; returns the exit code."""
     # Peers and readers run in processes of their own, which must find memory on the same device.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    return common.run(
-        "speed",
-        Settings,
-        evaluate,
-        figures=figures,
-        table=table,
-        seeds=lambda settings: (settings.seed,),
-        argv=argv,
-    )
+    return common.run("speed", Settings, evaluate, figures=figures, table=table, argv=argv)
 
 
 if __name__ == "__main__":

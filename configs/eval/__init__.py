@@ -7,6 +7,39 @@ import difflib
 
 from ml_collections import ConfigDict
 
+# What ``--config.checkpoint=random`` builds: a check whose answers are known.
+RANDOM_MODEL = dict(
+    preset="holo",
+    seed=0,
+    vocab_size=258,
+    hidden_size=32,
+    hd_dim=32,
+    head_dim=16,
+    phasors=8,
+    num_hidden_layers=1,
+)
+
+
+def training_grid(
+    *,
+    steps: int,
+    rates: tuple[float, ...],
+    log_every: int,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    weight_decay: float = 0.1,
+) -> dict:
+    """Fields of ``eval.grid.Grid``: how every model of a comparison is trained."""
+    return dict(
+        seeds=seeds,
+        rates=rates,
+        steps=steps,
+        warmup=0.1,
+        weight_decay=weight_decay,
+        clip=1.0,
+        b2=0.98,
+        log_every=log_every,
+    )
+
 
 def choose(variants: dict[str, dict], variant: str) -> ConfigDict:
     """The locked settings of one variant; every variant starts from "full" and overrides some fields.

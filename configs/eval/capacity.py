@@ -7,7 +7,7 @@ Expect:   Monte Carlo on the theory curve SNR = sqrt(2D/N); 32 facts in 16,384 t
           10 minutes more): attention 1.0 with its denoiser, or the harness is wrong (exit code 1).
 """
 
-from configs.eval import choose
+from configs.eval import choose, training_grid
 
 
 def _presets() -> dict:
@@ -66,16 +66,7 @@ _VARIANTS = {
             test_pairs=(2, 4, 8, 16, 32),
             batch=64,
             test_memories=256,
-            grid=dict(
-                seeds=(0, 1),
-                rates=(3e-3, 1e-2),
-                steps=800,
-                warmup=0.1,
-                weight_decay=0.0,
-                clip=1.0,
-                b2=0.98,
-                log_every=200,
-            ),
+            grid=training_grid(steps=800, rates=(3e-3, 1e-2), log_every=200, seeds=(0, 1), weight_decay=0.0),
             control_from=0.99,
         ),
     ),
@@ -110,16 +101,7 @@ _VARIANTS = {
             test_pairs=(4, 8),
             batch=64,
             test_memories=64,
-            grid=dict(
-                seeds=(0,),
-                rates=(1e-2,),
-                steps=300,
-                warmup=0.1,
-                weight_decay=0.0,
-                clip=1.0,
-                b2=0.98,
-                log_every=100,
-            ),
+            grid=training_grid(steps=300, rates=(1e-2,), log_every=100, seeds=(0,), weight_decay=0.0),
             control_from=0.95,
         ),
     ),

@@ -5,15 +5,12 @@ Command:  python -m eval.harness --config=configs/eval/harness.py --out=runs/NAM
 Hardware: one GPU (full); 2 CPU cores (quick, under a minute: offline, on configs/eval/lm_tasks, untrained).
 """
 
-from configs.eval import choose
+from configs.eval import RANDOM_MODEL, choose
 
 _VARIANTS = {
     "full": dict(
         checkpoint="",  # run directory or a checkpoint in it; "random" for random_model
-        random_model=dict(
-            preset="holo", seed=0, vocab_size=258, hidden_size=32, hd_dim=32, head_dim=16, phasors=8,
-            num_hidden_layers=1,
-        ),
+        random_model=RANDOM_MODEL,
         tasks=("lambada_openai", "wikitext", "piqa", "hellaswag", "arc_easy"),
         include_path="",  # a directory of task files: only those, offline
         num_fewshot=-1,  # examples before a question; -1 for the task's own number

@@ -8,7 +8,7 @@ Expect:   attention 1.0 at the trained lengths, or the harness is wrong (exit co
 The needle of any checkpoint and tokenizer (RULER's tasks) is eval.ruler.
 """
 
-from configs.eval import choose
+from configs.eval import choose, training_grid
 
 _OUTER = dict(hd_dim=128, phasors=16)
 
@@ -42,16 +42,7 @@ _VARIANTS = {
         rows=80,  # sequences a cell and seed; with three seeds n = 240
         piece=256,
         forward_rows=8,  # rows at a time of models read in one pass (attention)
-        grid=dict(
-            seeds=(0, 1, 2),
-            rates=(1e-3, 3e-3),
-            steps=2000,
-            warmup=0.1,
-            weight_decay=0.1,
-            clip=1.0,
-            b2=0.98,
-            log_every=500,
-        ),
+        grid=training_grid(steps=2000, rates=(1e-3, 3e-3), log_every=500),
         control_from=0.99,
     ),
     "quick": dict(
@@ -73,16 +64,7 @@ _VARIANTS = {
         rows=200,
         piece=32,
         forward_rows=20,
-        grid=dict(
-            seeds=(0,),
-            rates=(1e-2,),
-            steps=200,
-            warmup=0.1,
-            weight_decay=0.1,
-            clip=1.0,
-            b2=0.98,
-            log_every=100,
-        ),
+        grid=training_grid(steps=200, rates=(1e-2,), log_every=100, seeds=(0,)),
         control_from=0.97,
     ),
 }

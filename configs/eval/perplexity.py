@@ -6,15 +6,12 @@ Hardware: one GPU (full); 2 CPU cores (quick, under a minute: an untrained model
           sources, whose perplexity must come out near its vocabulary, 258).
 """
 
-from configs.eval import choose
+from configs.eval import RANDOM_MODEL, choose
 
 _VARIANTS = {
     "full": dict(
         checkpoint="",  # run directory or a checkpoint in it; "random" for random_model
-        random_model=dict(
-            preset="holo", seed=0, vocab_size=258, hidden_size=32, hd_dim=32, head_dim=16, phasors=8,
-            num_hidden_layers=1,
-        ),
+        random_model=RANDOM_MODEL,
         data="python",  # "python", or a directory made by train.prepare
         split="heldout",
         subsets=(),  # empty: all

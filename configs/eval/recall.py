@@ -12,7 +12,7 @@ The full variant is the later published setting (trained on 64 to 256 tokens wit
 Published trainings see 180,000 sequences 32 times; here every step draws new ones.
 """
 
-from configs.eval import choose
+from configs.eval import choose, training_grid
 
 _SIZES = {"4k": (128, 16), "16k": (256, 32), "64k": (512, 64)}  # state floats a layer: (hd_dim, phasors)
 
@@ -63,16 +63,7 @@ _VARIANTS = {
         power=0.01,
         random_non_queries=True,
         mean_over="sequences",  # of the loss, or "queries"
-        grid=dict(
-            seeds=(0, 1, 2),
-            rates=(1e-3, 3e-3, 1e-2),
-            steps=2000,
-            warmup=0.1,
-            weight_decay=0.1,
-            clip=1.0,
-            b2=0.98,
-            log_every=500,
-        ),
+        grid=training_grid(steps=2000, rates=(1e-3, 3e-3, 1e-2), log_every=500),
         control_from=0.99,
         published=True,
     ),
@@ -107,16 +98,7 @@ _VARIANTS = {
         test_width=64,
         test_rows=64,
         test_batch=32,
-        grid=dict(
-            seeds=(0,),
-            rates=(1e-2,),
-            steps=300,
-            warmup=0.1,
-            weight_decay=0.1,
-            clip=1.0,
-            b2=0.98,
-            log_every=100,
-        ),
+        grid=training_grid(steps=300, rates=(1e-2,), log_every=100, seeds=(0,)),
         published=False,
     ),
     "denoiser": dict(
@@ -154,16 +136,7 @@ _VARIANTS = {
         test_width=64,
         test_rows=64,
         test_batch=64,
-        grid=dict(
-            seeds=(0, 1, 2),
-            rates=(3e-3, 1e-2),
-            steps=600,
-            warmup=0.1,
-            weight_decay=0.1,
-            clip=1.0,
-            b2=0.98,
-            log_every=100,
-        ),
+        grid=training_grid(steps=600, rates=(3e-3, 1e-2), log_every=100),
         control_from=0.95,
         published=False,
     ),

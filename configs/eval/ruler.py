@@ -5,15 +5,12 @@ Command:  python -m eval.ruler --config=configs/eval/ruler.py --out=runs/NAME/ru
 Hardware: one GPU (full); 2 CPU cores (quick, under a minute: an untrained model, which answers nothing).
 """
 
-from configs.eval import choose
+from configs.eval import RANDOM_MODEL, choose
 
 _VARIANTS = {
     "full": dict(
         checkpoint="",  # run directory or a checkpoint in it; "random" for random_model
-        random_model=dict(
-            preset="holo", seed=0, vocab_size=258, hidden_size=32, hd_dim=32, head_dim=16, phasors=8,
-            num_hidden_layers=1,
-        ),
+        random_model=RANDOM_MODEL,
         tasks=("single_1", "single_2", "single_3", "multikey", "multivalue", "multiquery", "variables"),
         lengths=(1024, 2048, 4096, 8192, 16_384),  # tokens, prompt and answer together
         depths=(0.0, 0.25, 0.5, 0.75, 1.0),  # of the single tasks

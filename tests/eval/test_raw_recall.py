@@ -10,6 +10,7 @@ from eval.capacity import Settings
 from eval.common import Reporter, freeze, load_config
 from eval.decoders import make_book
 from eval.models import build_config
+from eval.results import mean
 
 KEY = jax.random.key(0)
 
@@ -79,6 +80,24 @@ def test_attention_below_the_line_fails_the_control():
     reporter = Reporter("capacity", chosen, (0,), out=None, command="x")
     raw_recall.evaluate(chosen.presets, reporter, KEY)
     assert len(reporter.failed_controls) == 1 and "must reach 1.1" in reporter.failed_controls[0]
+
+
+def test_presets_are_drawn_by_denoiser_in_one_colour():
+    chosen = settings(select=("holo_sum", "holo_sum_nomlp", "dual_nomlp"), test_pairs=(2, 4))
+    reporter = Reporter("capacity", chosen, (0,), out=None, command="x")
+    for model, score in {"holo_sum": 0.9, "holo_sum_nomlp": 0.5, "dual_nomlp": 0.7}.items():
+        for pairs in chosen.presets.test_pairs:
+            where = {"section": "presets", "model": model, "pairs": pairs}
+            reporter.add(mean("accuracy", np.array([score / pairs]), **where))
+            reporter.add(mean("mse", np.array([1 - score / pairs]), **where))
+    figures = capacity_view.figures(reporter.results(), "light")
+    assert set(figures) == {"presets"}
+    axes = figures["presets"].axes
+    assert [a.get_title(loc="left") for a in axes[:2]] == ["denoiser: own MLP", "denoiser: none"]
+    drawn = [{line.get_label(): line for line in axis.lines} for axis in axes]
+    assert [set(lines) for lines in drawn] == 2 * [{"holo_sum"}, {"holo_sum", "dual"}]
+    np.testing.assert_allclose(drawn[3]["dual"].get_ydata(), [0.65, 0.825])
+    assert len({lines["holo_sum"].get_color() for lines in drawn}) == 1
 
 
 def test_settings_are_checked():
