@@ -23,6 +23,7 @@ def _models() -> dict:
         outer = dict(hd_dim=hd_dim, phasors=phasors)
         models[f"holo_{size}"] = dict(preset="holo", **outer)
         models[f"holo_sum_{size}"] = dict(preset="holo", erase=False, **outer)
+        models[f"holo_nogate_{size}"] = dict(preset="holo", output_gate=False, **outer)
         models[f"holo_nomlp_{size}"] = dict(preset="holo", mlp="none", **outer)
         models[f"ssm_{size}"] = dict(preset="ssm", **outer)
     models["ssm_nomlp_4k"] = dict(preset="ssm", mlp="none", hd_dim=128, phasors=16)
