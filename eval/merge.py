@@ -1,8 +1,8 @@
 """Joins results of one evaluation whose models were run apart: ``python -m eval.merge RUN... --out=DIR``.
 
 The runs must have the same evaluation, device, versions and settings, but for which models were selected
-(also in a section of the settings); no number may appear twice with different values. The joined file names
-every command and commit.
+(also in a section of the settings) or which checkpoint was read; no number may appear twice with different
+values. The joined file names every command and commit.
 """
 
 import sys
@@ -14,7 +14,7 @@ from eval.common import check_out, refuse, with_notes
 from eval.registry import view_of
 from eval.results import Results, write_atomically
 
-_FREE = ("select", "sections", "parts")  # settings that may differ
+_FREE = ("select", "sections", "parts", "checkpoint")  # settings that may differ
 
 
 def _bound(settings: Mapping) -> dict:
@@ -31,7 +31,9 @@ def _joined(settings: Sequence[Mapping]) -> dict:
     joined = dict(settings[0])
     for name, value in joined.items():
         if name in _FREE:
-            joined[name] = tuple(dict.fromkeys(entry for each in settings for entry in each[name]))
+            entries = [[value] if isinstance(value := each[name], str) else value for each in settings]
+            kept = tuple(dict.fromkeys(entry for each in entries for entry in each))
+            joined[name] = ", ".join(kept) if isinstance(joined[name], str) else kept
         elif isinstance(value, Mapping):
             joined[name] = _joined([each[name] for each in settings])
     return joined

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from eval import perplexity
-from eval.common import freeze, load_config
+from eval import perplexity, perplexity_view
+from eval.common import Reporter, freeze, load_config
+from eval.merge import merge
 from eval.perplexity import losses_of, predicted_bytes, summarise
 from eval.protocols import Reading, readings
 from eval.results import Results
@@ -137,6 +138,28 @@ def test_statistics_by_hand():
     assert values["nats", "3-10"].value == pytest.approx(3.0)
     assert values["nats", "0-3"].n == 2
     assert values["nats", "3-10"].n == 1
+
+
+def test_two_checkpoints_share_a_table_and_a_plot():
+    losses = [np.array([1.0, 2.0, 3.0], np.float32), np.array([2.0], np.float32)]
+    runs = []
+    for checkpoint, model in (("runs/a", "a, step 1"), ("runs/b", "b, step 2")):
+        chosen = settings(buckets=(0, 3, 10), checkpoint=checkpoint)
+        reporter = Reporter("perplexity", chosen, (0,), out=None, command=f"read {checkpoint}")
+        for protocol in chosen.protocols:
+            where = {**protocol, "model": model, "subset": "all"}
+            reporter.add(*summarise([x * len(runs) for x in losses], [4, 1], chosen, **where))
+        runs.append(reporter.results())
+    joined = merge(runs)
+    assert joined.settings["checkpoint"] == "runs/a, runs/b"
+    text = perplexity_view.table(joined)
+    assert "a, step 1: streamed from the beginning" in text and "b, step 2: streamed" in text
+    assert "a, step 1" not in perplexity_view.table(runs[0])
+    figure = perplexity_view.figures(joined, "light")["perplexity"]
+    (axis,) = figure.axes
+    assert len(axis.lines) == 2 * len(chosen.protocols)
+    assert len({line.get_color() for line in axis.lines}) == 2
+    assert len(axis.collections) == 2
 
 
 def test_bytes_are_those_of_the_predicted_text():

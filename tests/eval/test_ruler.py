@@ -1,10 +1,13 @@
 """RULER-style tasks: every sample can be answered from its prompt, fits its length, and is scored right."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from eval import ruler, ruler_view
 from eval.common import Reporter, freeze, load_config
+from eval.merge import merge
 from eval.results import absent, mean
 from eval.ruler_tasks import SINGLES, TASKS, fit, insert, make, oracle, prose, score
 
@@ -112,6 +115,15 @@ def test_the_whole_harness_scores_an_oracle_one(monkeypatch, tmp_path):
     results.write(tmp_path)
     assert "not measured here" in ruler_view.table(results)
     assert set(ruler_view.figures(results, "dark")) == {"ruler"}
+    other = dataclasses.replace(
+        results,
+        settings={**results.settings, "checkpoint": "runs/b"},
+        values=tuple(dataclasses.replace(v, where={**v.where, "model": "b, step 2"}) for v in measured),
+    )
+    joined = merge([results, other])
+    assert "b, step 2: share of expected strings" in ruler_view.table(joined)
+    labels = [axis.get_ylabel() for axis in ruler_view.figures(joined, "light")["ruler"].axes]
+    assert labels[4] == "b, step 2\ndepth"
 
 
 def test_out_of_memory_is_not_zero(monkeypatch):
