@@ -9,7 +9,8 @@ from eval.results import Results, Value
 
 _LEARNED = 0.9
 _BASES = ("attention", "holo", "holo_sum", "ssm", "dual", "seed")
-_VARIANTS = {"_nomlp": "no MLP", "_linear": "linear MLP"}
+_VARIANTS = {"_nomlp": "no MLP", "_linear": "linear MLP", "_nogate": "no output gate"}
+_VARIANT_MARKERS = {"_nomlp": "D", "_linear": "v", "_nogate": "P"}
 _NAMES = {
     "attention": "softmax attention",
     "holo": "holo (erase)",
@@ -46,7 +47,7 @@ def _look(group: str) -> dict:
     _, suffix = _split(group)
     index = _order(group)[0]
     look = {"color": plots.PALETTE[index % 8], "marker": plots.MARKERS[index % 8]}
-    return look if not suffix else {**look, "mfc": "none", "marker": {"_nomlp": "D", "_linear": "v"}[suffix]}
+    return look if not suffix else {**look, "mfc": "none", "marker": _VARIANT_MARKERS[suffix]}
 
 
 def _name(group: str) -> str:

@@ -70,6 +70,9 @@ def test_views_show_ours_and_the_published(results):
     assert {"DeltaNet", "Mamba-2", "Based"} <= drawn
     assert recall_view.family("holo_sum_4k") == "holo_sum"
     assert recall_view.family("attention_nomlp") == "attention_nomlp"
+    assert recall_view.family("holo_nogate_4k") == "holo_nogate"
+    assert recall_view._name("holo_nogate") == "holo (erase), no output gate"
+    assert recall_view._look("holo_nogate")["color"] == recall_view._look("holo")["color"]
 
 
 def test_scoring_an_oracle_and_a_blind_guess():
