@@ -25,7 +25,7 @@ from holo_jax.generate.pending import GROUP, hold_layers, holds, release_layers
 from holo_jax.generate.reading import PIECE_SIZE, Reading, init_state, next_logits, prefill, read
 from holo_jax.generate.sampling import Plan, Sampling, SamplingNumbers, sample
 from holo_jax.generate.state_precision import stored_dtype
-from holo_jax.generate.stepping import PORTABLE, Form, choose, join_held, pack, split_held, step
+from holo_jax.generate.stepping import PORTABLE, Form, choose, join_held, pack, reusable, split_held, step
 from holo_jax.model import HoloForCausalLM, ModelState, positional_turns
 
 BLOCK_SIZE = 64
@@ -259,9 +259,9 @@ def decode_block(
 
     # Loops count in their carry: a number sliced out of an array is a copy of its own on a GPU, which cuts
     # the graph of a token's kernels in two.
-    def group(carry: _Counted, no: None) -> tuple[_Counted, Array]:
-        now, finite, number = carry
-        fixed, moving = split_held(now.state.layers, size)
+    def group(carry: tuple[_Counted, Any], no: None) -> tuple[tuple[_Counted, Any], Array]:
+        (now, finite, number), used = carry
+        fixed, moving = split_held(now.state.layers, size, used)
         before = now.state.position
 
         def one(carry: _Counted, no: None) -> tuple[_Counted, Array]:
@@ -277,12 +277,15 @@ def decode_block(
         start = (now._replace(state=now.state._replace(layers=moving)), finite, jnp.int32(0))
         (now, finite, _), tokens = jax.lax.scan(one, start, length=size)
         count = (now.state.position - before).astype(jnp.int32)
-        state = now.state._replace(layers=join_held(fixed, now.state.layers, count))
-        return (now._replace(state=state), finite, number + 1), tokens
+        used = reusable(now.state.layers, form)
+        state = now.state._replace(layers=join_held(fixed, now.state.layers, count, size, form))
+        return ((now._replace(state=state), finite, number + 1), used), tokens
 
     start = (decoding, jnp.all(jnp.isfinite(decoding.logits)))
     if holds(decoding.state.layers):
-        (decoding, finite, _), tokens = jax.lax.scan(group, (*start, jnp.int32(0)), length=groups)
+        used = reusable(split_held(decoding.state.layers, size)[1], form)
+        looped = ((*start, jnp.int32(0)), used)
+        ((decoding, finite, _), _), tokens = jax.lax.scan(group, looped, length=groups)
         tokens = tokens.reshape(groups * size, -1)[:steps]
     else:
         (decoding, finite), tokens = jax.lax.scan(one, start, length=steps)

@@ -118,6 +118,12 @@ def begin(held: Held, size: int) -> Pending:
     )
 
 
+def again(held: Held, used: Pending) -> Pending:
+    """The room of the group before, for forms that read no more of it than their own group's writes."""
+    phases = jax.lax.dynamic_update_slice_in_dim(used.phases, held.tail, 0, axis=1)
+    return used._replace(phases=phases)
+
+
 def read_and_write(
     held: Held,
     pending: Pending,
@@ -180,10 +186,21 @@ def scaled(
     return read
 
 
-def join(held: Held, pending: Pending, count: Int[Array, "b"]) -> Held:
-    """The memory with the writes of a group; ``count`` tokens of each row were there."""
-    added = jnp.einsum("bhck,bhcd->bhkd", pending.keys, pending.written, precision=jax.lax.Precision.HIGHEST)
-    memory, residue = compensated_add(held.memory, held.residue, added)
+def join(held: Held, pending: Pending, count: Int[Array, "b"], add: Any = None) -> Held:
+    """The memory with the writes of a group.
+
+    Args:
+      held, pending: before the group, and the group.
+      count: tokens that were there, of each row.
+      add: makes memory and residue from ``held`` and ``pending``; by default here.
+    """
+    if add is None:
+        added = jnp.einsum(
+            "bhck,bhcd->bhkd", pending.keys, pending.written, precision=jax.lax.Precision.HIGHEST
+        )
+        memory, residue = compensated_add(held.memory, held.residue, added)
+    else:
+        memory, residue = add(held, pending)
     size = held.tail.shape[1]
     at = count[:, None] + jnp.arange(size, dtype=jnp.int32)[None]
     tail = jnp.take_along_axis(pending.phases, at[..., None], axis=1)

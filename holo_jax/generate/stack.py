@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from holo_jax.array_types import Array, Bool, Float, Int
 from holo_jax.config import HoloConfig
 from holo_jax.generate.pending import Held, Pending
-from holo_jax.kernels import decode_shape, decode_stack
+from holo_jax.kernels import decode_join, decode_shape, decode_stack
 from holo_jax.model import HoloForCausalLM
 
 
@@ -136,6 +136,15 @@ def heads(
     }
     found = decode_stack.run_heads(shape, arrays, jnp.dtype(config.precision.storage))
     return found["z"], Pending(*(found[name][0] for name in Pending._fields))
+
+
+def joined(
+    held: Held, pending: Pending, *, size: int, interpret: bool
+) -> tuple[Float[Array, "b h k d"], Float[Array, "b h k d"]]:
+    """Memory and residue of one layer after a group of ``size`` tokens, by a kernel."""
+    return decode_join.join(
+        held.memory, held.residue, pending.keys, pending.written, size=size, interpret=interpret
+    )
 
 
 def through(

@@ -14,6 +14,7 @@ from holo_jax.generate.pending import (
     Held,
     Pending,
     Token,
+    again,
     begin,
     join,
     read_and_write,
@@ -95,27 +96,56 @@ def room(size: int) -> int:
     return max(2, 1 << (size - 1).bit_length())
 
 
-def split_held(layers: Any, size: int) -> tuple[Any, Any]:
+def split_held(layers: Any, size: int, before: Any = None) -> tuple[Any, Any]:
     """What a group of ``size`` tokens only reads, and what each of its tokens changes.
 
     Layers without held memory are all of the second kind.
+
+    Args:
+      layers: of a state that the loop carries.
+      size: tokens of the group.
+      before: ``reusable`` of the group before; None makes room.
     """
     if isinstance(layers[0], Held):
+        if before is not None:
+            pending = jax.vmap(again)(layers[0], before.pending)
+            return layers[0], before._replace(pending=pending)
         pending = jax.vmap(lambda held: begin(held, room(size)))(layers[0])
         return layers[0], stack.Moving(pending, jnp.zeros((1,), jnp.int32), jnp.int32(0))
     fixed = tuple(tuple(x if isinstance(x, Held) else None for x in period) for period in layers)
+
+    def start(x: Any, used: Any) -> Any:
+        if not isinstance(x, Held):
+            return x
+        return begin(x, room(size)) if used is None else again(x, used)
+
     moving = tuple(
-        tuple(begin(x, room(size)) if isinstance(x, Held) else x for x in period) for period in layers
+        tuple(start(x, None if before is None else before[n][k]) for k, x in enumerate(period))
+        for n, period in enumerate(layers)
     )
     return fixed, moving
 
 
-def join_held(fixed: Any, moving: Any, count: Int[Array, "b"]) -> Any:
-    """The layers after a group."""
+def reusable(moving: Any, form: Form) -> Any:
+    """The room of a group that the next one can have as it is left, or None.
+
+    Kernels read no more of it than their own group has written. Zeros for every group would be made anew.
+    """
+    if isinstance(moving, stack.Moving):
+        return moving
+    if not form.heads:
+        return None
+    return tuple(tuple(x if isinstance(x, Pending) else None for x in period) for period in moving)
+
+
+def join_held(fixed: Any, moving: Any, count: Int[Array, "b"], size: int, form: Form) -> Any:
+    """The layers after a group of ``size`` tokens, of which each row read ``count``."""
     if isinstance(fixed, Held):
         return (jax.vmap(lambda held, pending: join(held, pending, count))(fixed, moving.pending),)
+    add = partial(stack.joined, size=size, interpret=form.interpret) if form.heads else None
+    own = partial(join, count=count, add=add)
     return tuple(
-        tuple(x if held is None else join(held, x, count) for held, x in zip(*period, strict=True))
+        tuple(x if held is None else own(held, x) for held, x in zip(*period, strict=True))
         for period in zip(fixed, moving, strict=True)
     )
 

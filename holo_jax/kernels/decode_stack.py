@@ -153,7 +153,6 @@ class _Walk:
         """The memory of one head of one row: read, hold the write back, normalise, gate."""
         shape, refs = self.shape, self.refs
         m, d, offsets = shape.m, shape.d, shape.offsets
-        index = plgpu.load(refs["index"].at[self.zero])
         active = plgpu.load(refs["active"].at[row])
         y, storage = refs["y"], refs["z"].dtype
         phasors, channels = jax.lax.iota(jnp.int32, m), jax.lax.iota(jnp.int32, d)
@@ -171,10 +170,14 @@ class _Walk:
         for plane in (0, 1):
             at, across = block(plane * m + phasors, d)
             memory.append(plgpu.load(refs["memory"].at[layer, row, head, at, across]))
+        # What this group has not yet written is the last one's, and no byte of it is moved.
+        index = plgpu.load(refs["index"].at[self.zero])
+        for plane in (0, 1):
             at, across = block(slots, m)
-            held.append(plgpu.load(refs["keys"].at[layer, row, head, at, plane * m + across]))
+            view = refs["keys"].at[layer, row, head, at, plane * m + across]
+            held.append(plgpu.load(view, mask=at < index, other=0.0))
         at, across = block(slots, d)
-        bound = plgpu.load(refs["written"].at[layer, row, head, at, across])
+        bound = plgpu.load(refs["written"].at[layer, row, head, at, across], mask=at < index, other=0.0)
 
         def map_of(column: Array) -> Array:
             return plgpu.load(y.at[row, column], volatile=fresh)
@@ -208,8 +211,6 @@ class _Walk:
             for number, key in enumerate(keys):
                 sums[number] += jnp.sum(key[plane][:, None] * memory[plane], axis=0)
                 scores[number] += jnp.sum(key[plane][None, :] * held[plane], axis=1)
-        # What is not yet written is zero only before the first group that used this room.
-        scores = [jnp.where(slots < index, score, 0.0) for score in scores]
         before = [s + jnp.sum(score[:, None] * bound, axis=0) for s, score in zip(sums, scores, strict=True)]
 
         opened = active * gate("write") if shape.write else active

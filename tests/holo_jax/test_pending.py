@@ -11,12 +11,12 @@ from flax import nnx
 from holo_jax import functional
 from holo_jax.config import HoloConfig
 from holo_jax.functional import MemoryState, init_memory
-from holo_jax.generate import Sampling, decoding_form, init_state, pending, prefill, stack
+from holo_jax.generate import Sampling, decoding, decoding_form, init_state, pending, prefill, stack
 from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, loop_state
 from holo_jax.generate.forms import is_split
 from holo_jax.generate.pending import Token
 from holo_jax.generate.stepping import Form, pack, split_held, step
-from holo_jax.kernels import decode_shape, decode_stack
+from holo_jax.kernels import decode_products, decode_shape, decode_stack
 from holo_jax.mixers import MemoryMixerState
 from holo_jax.model import HoloForCausalLM
 from holo_jax.precision import FULL, MIXED
@@ -125,8 +125,9 @@ def small(**changes: object) -> HoloConfig:
     ],
     ids=["stack", "heads-of-a-sum", "products"],
 )
-def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict) -> None:
-    """Tokens, logits and state of a block in which one row ends, in Pallas' interpreter."""
+def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict, monkeypatch) -> None:
+    """Tokens, logits and state of a block of two groups in which one row ends, in Pallas' interpreter."""
+    monkeypatch.setattr(decoding, "GROUP", SIZE)
     config = small(**changes)
     model = decoding_form(build(config))
     graphdef, params = nnx.split(model, nnx.Param)
@@ -182,7 +183,12 @@ def test_the_kernels_lower_for_a_gpu() -> None:
         layer = {name: array[:1] for name, array in layer.items()}
         layer |= {"index": index[None], "active": jnp.ones((2,)), "position": jnp.zeros((2,))}
         layer["y"] = jnp.zeros((2, shape.offsets["all"]))
-        return found, decode_stack.run_heads(shape._replace(layers=1), layer, jnp.bfloat16)
+        first = jax.tree.map(lambda array: array[0], (held, moving.pending))
+        scale, matrix = jnp.ones(64), weights["maps"][0]
+        given = [jnp.zeros((rows, 64), x.dtype) for rows in (2, 16)]
+        products = [decode_products.product("maps", x, matrix, norm=scale) for x in given]
+        heads = decode_stack.run_heads(shape._replace(layers=1), layer, jnp.bfloat16)
+        return found, heads, stack.joined(*first, size=SIZE, interpret=False), products
 
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
@@ -190,7 +196,7 @@ def test_the_kernels_lower_for_a_gpu() -> None:
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of this backend of Pallas
         lowered = jax.jit(both).trace(*shapes).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("xla.gpu.triton") == 2
+    assert lowered.as_text().count("xla.gpu.triton") == 5
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
