@@ -11,6 +11,7 @@ from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import generate_multiscale_phasors, generate_random_phasors
 from holo_jax.functional.cross_entropy import next_token_targets
+from holo_jax.functional.stacks import unstacked
 from holo_jax.layers import (
     Denoiser,
     Linear,
@@ -195,7 +196,11 @@ class HoloModel(nnx.Module):
         if config.tie_embeddings:
             x = x / jnp.asarray(embedding_std(config), x.dtype)
         turns = positional_turns(config) if turns is None else turns
-        run = self._in_turn if isinstance(self.periods, nnx.List) else self._scanned
+        run = self._scanned
+        if isinstance(self.periods, nnx.List):
+            run = self._in_turn
+        elif state is None and config.scan_unroll >= config.num_periods:
+            run = self._apart
         x, layers = run(x, context, turns, None if state is None else state.layers)
         if state_after is not None:
             state_after = state_after._replace(layers=layers)
@@ -213,11 +218,28 @@ class HoloModel(nnx.Module):
         deferred = layers is None and config.remat != "full" and self.norm.fuses(x)
         pending = jnp.zeros_like(x) if deferred else None
         (x, pending), layers = jax.lax.scan(
-            _remat(body, config.remat, unrolled=config.scan_unroll >= config.num_periods),
+            _remat(body, config.remat, looped=config.scan_unroll < config.num_periods),
             (x, pending),
             (self.periods, turns, layers),
             unroll=min(config.scan_unroll, config.num_periods),
         )
+        return x if pending is None else x + pending, layers
+
+    def _apart(self, x: Array, context: Context, turns: Array | None, layers: None) -> tuple[Array, None]:
+        """All periods one after the other, from nothing.
+
+        Each takes its part of a single split of the stacked parameters, so that gradients are joined once; a
+        loop taken apart by ``lax.scan`` would add up one whole stack a period.
+        """
+        config = self.config
+
+        def body(period: Period, own_turns: Array | None, carried: tuple[Array, Array | None]) -> Any:
+            return period(*carried, context, own_turns, None)[:2]
+
+        run = _remat(body, config.remat, looped=False)
+        pending = None
+        for period, own_turns in _parts((self.periods, turns)):
+            x, pending = run(period, own_turns, (x, pending))
         return x if pending is None else x + pending, layers
 
     def _in_turn(self, x: Array, context: Context, turns: Array | None, layers: Any) -> tuple[Array, Any]:
@@ -368,19 +390,25 @@ def _for_kind(config: HoloConfig, kind: str) -> HoloConfig:
     return config
 
 
-def _remat(body: Any, policy: str, *, unrolled: bool) -> Any:
+def _parts(stacked: Any) -> list[Any]:
+    """The parts of a tree whose arrays are stacked."""
+    leaves, tree = jax.tree.flatten(stacked)
+    return [jax.tree.unflatten(tree, own) for own in zip(*map(unstacked, leaves), strict=True)]
+
+
+def _remat(body: Any, policy: str, *, looped: bool) -> Any:
     if policy == "none":
         return body
     policies = jax.checkpoint_policies
     # A loop keeps forward and backward apart; without one, the compiler would merge the recomputation away.
     if policy == "full":
-        return jax.checkpoint(body, policy=policies.nothing_saveable, prevent_cse=unrolled)
+        return jax.checkpoint(body, policy=policies.nothing_saveable, prevent_cse=not looped)
     # What a kernel made is kept like a product: computing it twice costs a kernel.
     saved = policies.save_from_both_policies(
         policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, _made_by_a_kernel),
         policies.save_only_these_names(kernels.READ_NAME),
     )
-    return jax.checkpoint(body, policy=saved, prevent_cse=unrolled)
+    return jax.checkpoint(body, policy=saved, prevent_cse=not looped)
 
 
 def _made_by_a_kernel(primitive: Any, *avals: Any, **parameters: Any) -> bool:

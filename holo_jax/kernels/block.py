@@ -99,6 +99,11 @@ def _of_weight(x: Array, cotangent: Array, weight: Array) -> Array:
     return jax.lax.dot_general(x, cotangent.astype(x.dtype), axes, preferred_element_type=weight.dtype)
 
 
+def _apart(x: Array, cotangent: Array) -> tuple[Array, Array]:
+    """Operands of a product of its own: the compiler would join those that share one, and copy the others."""
+    return jax.lax.optimization_barrier((x, cotangent))
+
+
 def normed(
     x: Float[Array, "b t e"], scale: Float[Array, "e"], bias: Float[Array, "e"] | None, *, eps: float
 ) -> Float[Array, "b t e"]:
@@ -175,7 +180,7 @@ def _normed_products_backward(static: Any, saved: Any, cotangents: Any) -> Any:
     parts = tuple(_back(d, w, total.dtype) for d, w in zip(d_products, weights, strict=True))
     d_x, rows, *rest = triton_norm.backward(norm, total, d_total, parts, scale, bias, again=True)
     assert rows is not None
-    d_weights = tuple(_of_weight(rows, d, w) for d, w in zip(d_products, weights, strict=True))
+    d_weights = tuple(_of_weight(*_apart(rows, d), w) for d, w in zip(d_products, weights, strict=True))
     return d_x, None if alone else d_x, *_like(rest, (scale, bias)), d_weights
 
 

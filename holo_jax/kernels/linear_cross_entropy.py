@@ -2,12 +2,18 @@
 
 The kernels of jax-linear-attention reduce each tile of float32 logits to maximum and sum in the epilogue of
 the product and store ``exp(logit - maximum of the tile)`` in float16, from which one pass forms the gradient
-that the two products of the backward pass read; no float32 logits reach memory.
+that the two products of the backward pass read; no float32 logits reach memory. The walk over chunks of
+tokens is our own: it sums the gradient of the weights in their own layout, which the optimizer reads.
 
 Source: https://github.com/jla-org/jax-linear-attention (Apache-2.0), version 0.1.0.
 """
 
+from functools import partial
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+from jax import lax
 
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
@@ -61,18 +67,8 @@ def linear_cross_entropy(
     def own(hidden: Array, weights: Array, targets: Array) -> Array:
         weights = whole(weights, axes, hidden.dtype)
         if uses(backend, "products") and unsupported(hidden, weights, logits_dtype) is None:
-            from jla.ops.cross_entropy import linear_cross_entropy_objective
-
-            found = linear_cross_entropy_objective(
-                hidden.reshape(-1, hidden.shape[-1]),
-                weights.T,
-                targets.reshape(-1),
-                ignore_index=IGNORE,
-                row_chunk=chunk_tokens,
-                compute_dtype=hidden.dtype,
-                impl="mosaic_gpu",
-            )
-            return found.objective_sum.reshape(1, 1)
+            rows = hidden.reshape(-1, hidden.shape[-1])
+            return _summed(rows, weights, targets.reshape(-1), chunk_tokens).reshape(1, 1)
         total, _ = chunked_cross_entropy(
             hidden, weights, targets, chunk_tokens=chunk_tokens, logits_dtype=logits_dtype
         )
@@ -80,3 +76,57 @@ def linear_cross_entropy(
 
     every = sharded(own, (layout("b t"), parameter_layout(axes), layout("b t")), layout("b t"))
     return jnp.sum(every(hidden, weights, targets)), jnp.sum(targets != IGNORE)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _summed(hidden: Array, weights: Array, targets: Array, chunk: int) -> Array:
+    """Summed nats of rows ``[n, e]`` by the kernels; the gradient is formed on the way forward."""
+    from jla.ops.mosaic_gpu.linear_cross_entropy import objective_sums
+
+    counted = targets != IGNORE
+    found = objective_sums(
+        hidden,
+        weights.astype(hidden.dtype).T,
+        jnp.where(counted, targets, 0),
+        counted,
+        label_smoothing=0.0,
+        z_loss_weight=0.0,
+        row_chunk=chunk,
+        compute_dtype=hidden.dtype,
+    )
+    return found[0]
+
+
+def _summed_forward(hidden: Array, weights: Array, targets: Array, chunk: int) -> tuple[Array, Any]:
+    from jla.ops.mosaic_gpu import linear_cross_entropy as kernels
+
+    n, v = hidden.shape[0], weights.shape[1]
+    hidden = jnp.pad(hidden, ((0, -n % kernels.ROW_ALIGN), (0, 0)))
+    targets = jnp.pad(targets, (0, -n % kernels.ROW_ALIGN), constant_values=IGNORE)
+    table = jnp.pad(weights.astype(hidden.dtype).T, ((0, -v % kernels.VOCAB_ALIGN), (0, 0)))
+    step = min(chunk + -chunk % kernels.ROW_ALIGN, hidden.shape[0])
+    total, d_weights, d_hidden = jnp.zeros((), jnp.float32), None, []
+    for start in range(0, hidden.shape[0], step):
+        if d_hidden:
+            # Chunks do not depend on each other; the gradient of one's logits is to be alive at a time.
+            hidden, d_weights, d_hidden[-1] = lax.optimization_barrier((hidden, d_weights, d_hidden[-1]))
+        rows, own = hidden[start : start + step], targets[start : start + step]
+        counted = own != IGNORE
+        arguments = rows, table, jnp.where(counted, own, 0), counted
+        losses, _, d_logits, _ = kernels._chunk_gradient(*arguments, 0.0, v, 0.0)
+        total += jnp.sum(jnp.where(counted, losses, 0.0))
+        d_hidden.append(jnp.matmul(d_logits, table, preferred_element_type=jnp.float32))
+        part = lax.dot_general(rows, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        d_weights = part if d_weights is None else d_weights + part
+    assert d_weights is not None
+    dtypes = (jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), weights.dtype))
+    return total, (jnp.concatenate(d_hidden)[:n], d_weights[:, :v], dtypes)
+
+
+def _summed_backward(chunk: int, saved: Any, cotangent: Array) -> tuple[Array, Array, None]:
+    *gradients, dtypes = saved
+    scaled = ((g * cotangent).astype(like.dtype) for g, like in zip(gradients, dtypes, strict=True))
+    return *scaled, None  # type: ignore[return-value]
+
+
+_summed.defvjp(_summed_forward, _summed_backward)
