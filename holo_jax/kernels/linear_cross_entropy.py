@@ -105,7 +105,8 @@ def _summed_forward(hidden: Array, weights: Array, targets: Array, chunk: int) -
     targets = jnp.pad(targets, (0, -n % kernels.ROW_ALIGN), constant_values=IGNORE)
     table = jnp.pad(weights.astype(hidden.dtype).T, ((0, -v % kernels.VOCAB_ALIGN), (0, 0)))
     step = min(chunk + -chunk % kernels.ROW_ALIGN, hidden.shape[0])
-    total, d_weights, d_hidden = jnp.zeros((), jnp.float32), None, []
+    total, d_weights = jnp.zeros((), jnp.float32), None
+    d_hidden: list[Array] = []
     for start in range(0, hidden.shape[0], step):
         if d_hidden:
             # Chunks do not depend on each other; the gradient of one's logits is to be alive at a time.
