@@ -245,7 +245,7 @@ def test_kernels_run_on_each_devices_part(axis: str, monkeypatch: pytest.MonkeyP
     # A part of a divided sequence finds its transition in as many more channels as a key has.
     memory = ("memory", (b, t, 2 // ways, 64 + (64 if axis == "seq" else 0)))
     denoiser = ("swiglu", (b, t, 192), (192, 2, 512 // ways))
-    loss = ("loss", (b * t, 192), (64, 192), config.model.loss_chunk, "mosaic_gpu")
+    loss = ("loss", (b * t, 192), (64, 192), config.model.loss_chunk)
     # The loss over a divided vocabulary has no kernel.
     assert calls == [memory, denoiser] + ([] if axis == "tensor" else [loss])
 
