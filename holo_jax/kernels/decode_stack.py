@@ -151,88 +151,94 @@ class _Walk:
 
     def head(self, layer: Array, row: Array, head: Array) -> None:
         """The memory of one head of one row: read, hold the write back, normalise, gate."""
-        shape, refs = self.shape, self.refs
-        m, d, offsets = shape.m, shape.d, shape.offsets
-        active = plgpu.load(refs["active"].at[row])
-        y, storage = refs["y"], refs["z"].dtype
+        shape, refs, zero = self.shape, self.refs, self.zero
+        m, d, taps, storage = shape.m, shape.d, shape.taps, refs["z"].dtype
         phasors, channels = jax.lax.iota(jnp.int32, m), jax.lax.iota(jnp.int32, d)
         slots = jax.lax.iota(jnp.int32, shape.size)
-        # Other programs write the maps of a layer only where several walk together.
-        fresh = shape.programs > 1
+        columns = head * m + phasors
 
         def block(rows: Array, width: int) -> tuple[Array, Array]:
             columns = jax.lax.iota(jnp.int32, width)
             size = (rows.shape[0], width)
             return jnp.broadcast_to(rows[:, None], size), jnp.broadcast_to(columns[None, :], size)
 
-        # Most of the bytes, which wait for nothing: asked for first, they arrive while keys are worked out.
+        def map_of(name: str, column: Array) -> Array:
+            # Other programs write the maps of a layer only where several walk together.
+            return plgpu.load(refs["y"].at[row, shape.offsets[name] + column], volatile=shape.programs > 1)
+
+        # All loads stand before the first use of one: a program waits once. The memory is most of the bytes.
         memory, held = [], []
         for plane in (0, 1):
             at, across = block(plane * m + phasors, d)
             memory.append(plgpu.load(refs["memory"].at[layer, row, head, at, across]))
+        vectors = {"phases": map_of("phases", columns)}
+        for name in ("values", "gate") if shape.gate else ("values",):
+            vectors[name] = map_of(name, head * d + channels)
+        gates = {}
+        for name, present in (("write", shape.write), ("erase", shape.erase)):
+            if present:
+                gates[name] = (map_of(name, head), plgpu.load(refs[f"{name}_bias"].at[layer, head]))
+        weights = [
+            [plgpu.load(refs[name].at[layer, tap + zero, columns]) for tap in range(taps)]
+            for name in ("write_taps", "read_taps")
+        ]
+        active = plgpu.load(refs["active"].at[row])
+        norm: Any = plgpu.load(refs["head_norm"].at[layer, head, channels]) if shape.head_norm else None
+        position: Any = plgpu.load(refs["position"].at[row]) if shape.scale == "sqrt_time" else None
+        index = plgpu.load(refs["index"].at[zero])
+        phases = [plgpu.load(refs["phases"].at[layer, row, index + tap, columns]) for tap in range(taps - 1)]
         # What this group has not yet written is the last one's, and no byte of it is moved.
-        index = plgpu.load(refs["index"].at[self.zero])
         for plane in (0, 1):
             at, across = block(slots, m)
             view = refs["keys"].at[layer, row, head, at, plane * m + across]
             held.append(plgpu.load(view, mask=at < index, other=0.0))
         at, across = block(slots, d)
         bound = plgpu.load(refs["written"].at[layer, row, head, at, across], mask=at < index, other=0.0)
-
-        def map_of(column: Array) -> Array:
-            return plgpu.load(y.at[row, column], volatile=fresh)
+        if shape.scale == "sqrt_writes":
+            view = refs["squares"].at[layer, row, head, slots]
+            squares = plgpu.load(view, mask=slots < index, other=0.0)
+            writes = plgpu.load(refs["writes"].at[layer, row, head])
 
         def stored(name: str) -> Array:
-            x = map_of(offsets[name] + head * d + channels)
-            return x.astype(storage).astype(jnp.float32)
+            return vectors[name].astype(storage).astype(jnp.float32)
 
         def gate(name: str) -> Array:
-            x = map_of(offsets[name] + head)
-            return jax.nn.sigmoid(x + plgpu.load(refs[f"{name}_bias"].at[layer, head]))
+            x, bias = gates[name]
+            return jax.nn.sigmoid(x + bias)
 
-        columns = head * m + phasors
-        raw = shape.phase_scale * map_of(offsets["phases"] + columns)
-        plgpu.store(refs["phases"].at[layer, row, index + (shape.taps - 1), columns], raw)
-        angles = []
-        for name in ("write_taps", "read_taps"):
-            taps = refs[name]
-            total = plgpu.load(taps.at[layer, shape.taps - 1 + self.zero, columns]) * raw
-            for tap in range(shape.taps - 1):
-                earlier = plgpu.load(refs["phases"].at[layer, row, index + tap, columns])
-                total += plgpu.load(taps.at[layer, tap + self.zero, columns]) * earlier
-            angles.append(total)
+        raw = shape.phase_scale * vectors["phases"]
+        phases.append(raw)
         keys = []
-        for angle in angles:
+        for own in weights:
+            angle: Any = sum(weight * phase for weight, phase in zip(own, phases, strict=True))
             sine, cosine = sin_cos_reduced(angle, jnp.floor(angle * (0.5 / jnp.pi) + 0.5))
             keys.append((cosine * m**-0.5, sine * m**-0.5))
-        sums = [jnp.zeros((d,), jnp.float32) for _ in keys]
-        scores = [jnp.zeros((shape.size,), jnp.float32) for _ in keys]
-        for plane in (0, 1):
-            for number, key in enumerate(keys):
-                sums[number] += jnp.sum(key[plane][:, None] * memory[plane], axis=0)
-                scores[number] += jnp.sum(key[plane][None, :] * held[plane], axis=1)
-        before = [s + jnp.sum(score[:, None] * bound, axis=0) for s, score in zip(sums, scores, strict=True)]
+        before = []
+        for key in keys:
+            terms = [part[:, None] * plane for part, plane in zip(key, memory, strict=True)]
+            scores = [part[None, :] * plane for part, plane in zip(key, held, strict=True)]
+            score = jnp.sum(scores[0] + scores[1], axis=1)
+            before.append(jnp.sum(terms[0] + terms[1], axis=0) + jnp.sum(score[:, None] * bound, axis=0))
 
         opened = active * gate("write") if shape.write else active
         written = opened * stored("values")
         if shape.erase:
             written -= opened * gate("erase") * before[0]
-        overlap = sum(jnp.sum(a * b, axis=0) for a, b in zip(*keys, strict=True))
+        overlap = jnp.sum(sum(a * b for a, b in zip(*keys, strict=True)), axis=0)
         read = before[1] + overlap * written
+        plgpu.store(refs["phases"].at[layer, row, index + (taps - 1), columns], raw)
         plgpu.store(refs["written"].at[layer, row, head, index, channels], written)
         for plane in (0, 1):
             plgpu.store(refs["keys"].at[layer, row, head, index, plane * m + phasors], keys[0][plane])
         plgpu.store(refs["squares"].at[layer, row, head, index], opened * opened)
         if shape.scale == "sqrt_time":
-            read *= jax.lax.rsqrt(plgpu.load(refs["position"].at[row]) + 1.0)
+            read *= jax.lax.rsqrt(position + 1.0)
         elif shape.scale == "sqrt_writes":
-            squares = plgpu.load(refs["squares"].at[layer, row, head, slots])
-            total = jnp.sum(jnp.where(slots < index, squares, 0.0), axis=0) + opened * opened
-            read *= jax.lax.rsqrt(plgpu.load(refs["writes"].at[layer, row, head]) + total + _EPS)
+            total = jnp.sum(squares, axis=0) + opened * opened
+            read *= jax.lax.rsqrt(writes + total + _EPS)
         if shape.head_norm:
             mean = jnp.sum(read * read, axis=0) * (1.0 / d)
-            weight = plgpu.load(refs["head_norm"].at[layer, head, channels])
-            read = read * jax.lax.rsqrt(mean + shape.eps) * weight
+            read = read * jax.lax.rsqrt(mean + shape.eps) * norm
         if shape.gate:
             opening = stored("gate")
             read = read.astype(storage).astype(jnp.float32) * (opening * jax.nn.sigmoid(opening))
