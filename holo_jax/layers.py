@@ -105,17 +105,19 @@ def _on_tensor(name: str | None) -> bool:
 class JoinedLinear(nnx.Module):
     """Several linear maps of one input as one product, for decoding; see ``project``.
 
-    Biases stay with the maps. The product is accumulated and returned in float32.
+    Biases stay with the maps. The product is accumulated in float32.
     """
 
     def __init__(self, storage: str, names: tuple[str, ...], sizes: tuple[int, ...], weight: Array) -> None:
         self.storage, self.names, self.sizes = storage, names, sizes
         self.weight = parameter(weight, ("embed", "heads"))
 
-    def __call__(self, x: Float[Array, "b t i"]) -> dict[str, Float[Array, "b t o"]]:
+    def __call__(
+        self, x: Float[Array, "b t i"], out_dtype: str = "float32"
+    ) -> dict[str, Float[Array, "b t o"]]:
         """Results by name."""
-        weight = self.weight[...].astype(self.storage)
-        y = jnp.einsum("bti,io->bto", x.astype(self.storage), weight, preferred_element_type=jnp.float32)
+        weight, dtype = self.weight[...].astype(self.storage), jnp.dtype(out_dtype)
+        y = jnp.einsum("bti,io->bto", x.astype(self.storage), weight, preferred_element_type=dtype)
         borders = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes) - 1)]
         return dict(zip(self.names, jnp.split(y, borders, axis=-1), strict=True))
 
@@ -138,7 +140,9 @@ def project(
         maps = tuple(getattr(module, name) for name in out_dtypes)
         return dict(zip(out_dtypes, _apply(maps, x, tuple(out_dtypes.values())), strict=True))
     results = {}
-    for name, y in joined(x).items():
+    # Float32 only if a map asks for it: with many rows the result is as many bytes as the weights.
+    narrow = all(dtype in (None, joined.storage) for dtype in out_dtypes.values())
+    for name, y in joined(x, joined.storage if narrow else "float32").items():
         bias = getattr(module, name).bias
         y = y.astype(out_dtypes[name] or joined.storage)
         results[name] = y if bias is None else y + bias[...].astype(y.dtype)[None, None]

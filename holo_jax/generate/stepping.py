@@ -222,8 +222,11 @@ def step(
         for k, block in enumerate(period.blocks):
             held, state = fixed[n][k], moving.layers[n][k]
             if form.products:
-                weights = packed["blocks"][n][k]
-                x, state = _by_products(block, weights, x, held, state, index, active, moving.position, form)
+                flat = [weights for own in packed["blocks"] for weights in own]
+                number = n * len(period.blocks) + k
+                after = flat[number + 1]["maps"] if number + 1 < len(flat) else packed["head"]
+                at = (index, active, moving.position)
+                x, state = _by_products(block, flat[number], after, x, held, state, *at, form)
             elif held is None:
                 own = None if own_turns is None else own_turns[k]
                 # With a state a block leaves nothing for the next one to add.
@@ -264,6 +267,7 @@ def _logits(model: HoloForCausalLM, x: Float[Array, "b e"], form: Form, packed: 
 def _by_products(
     block: Any,
     weights: dict[str, Array],
+    after: Float[Array, "o i"],
     x: Float[Array, "b 1 e"],
     held: Held,
     pending: Pending,
@@ -272,15 +276,16 @@ def _by_products(
     position: Array,
     form: Form,
 ) -> tuple[Float[Array, "b 1 e"], Pending]:
-    """A block on one token by five kernels."""
+    """A block on one token by five kernels; ``after`` is the first weight after it."""
     interpret = form.interpret
     product = partial(decode_products.product, eps=block.mixer_norm.eps, interpret=interpret)
     x = x[:, 0]
-    y = product("maps", x, weights["maps"], norm=block.mixer_norm.weight[...])
+    own = [weights[name] for name in ("maps", "out", "up", "down")]
+    y = product("maps", x, own[0], norm=block.mixer_norm.weight[...], following=(own[1], own[2]))
     z, pending = stack.heads(block.mixer, y, held, pending, index, active, position, interpret)
-    x = product("added", z, weights["out"], residual=x)
-    hidden = product("gated", x, weights["up"], norm=block.mlp_norm.weight[...])
-    return product("added", hidden, weights["down"], residual=x)[:, None], pending
+    x = product("added", z, own[1], residual=x, following=(own[2],))
+    hidden = product("gated", x, own[2], norm=block.mlp_norm.weight[...], following=(own[3],))
+    return product("added", hidden, own[3], residual=x, following=(after,))[:, None], pending
 
 
 def _mix(

@@ -10,11 +10,16 @@ kinds of product make a layer beside its memory (``decode_stack.run_heads``), ea
 The norm costs no pass of its own: its weight is multiplied in before the product, and one over the root mean
 square, which is summed on the way, after it. So the normed row is not rounded as a whole, its terms are.
 
+Memory stands still while a kernel ends and the next begins. So a program that has asked for its own weights
+asks for a share of those that come after (``following``), and does not wait: they are in the second cache
+when their kernel asks.
+
 Weights are ``[out, in]``. With at most ``SUMMED`` rows a program takes a few rows of the weight, one a warp,
 so sums stay inside warps, and asks for several pieces of them before it needs the first. With more rows
 it is a product of tiles on tensor cores over a pipeline of the compiler's.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +33,9 @@ from holo_jax.array_types import Array, Float
 SUMMED = 4
 MAX_ROWS = 64
 _LEAST_CHUNK = 64
+# Bytes of the weights after a product that it brings into the second cache, which holds 50 MB on an H100.
+FOLLOWING = 0
+_SECTOR = 32
 
 
 class Tiling(NamedTuple):
@@ -103,6 +111,7 @@ def product(
     norm: Float[Array, " i"] | None = None,
     residual: Float[Array, "b o"] | None = None,
     eps: float = 0.0,
+    following: tuple[Array, ...] = (),
     interpret: bool = False,
 ) -> Float[Array, "b r"]:
     """One of the products above.
@@ -114,6 +123,7 @@ def product(
       norm: weight of the norm in float32.
       residual: rows in the storage dtype.
       eps: of the norm.
+      following: weights of the products after this one, of which the first ``FOLLOWING`` bytes are touched.
       interpret: run in Pallas' interpreter, anywhere.
 
     Returns:
@@ -129,20 +139,62 @@ def product(
     inputs = {name: array for name, array in given.items() if array is not None}
     body = _summed if summed else _tiled
 
-    def kernel(ins: dict[str, Any], out: Any) -> None:
-        body(call, {**ins, "out": out})
+    programs = pl.cdiv(outputs, tiling.outputs)
+    # The interpreter has no second cache, and knows no instructions of the device.
+    shares = [0 for _ in following] if interpret else _shares(following, programs)
+
+    def kernel(ins: dict[str, Any], later: tuple[Any, ...], out: Any) -> None:
+        def touched(shape: tuple[int, int]) -> Any:
+            return sum(_touched(ref, share, shape) for ref, share in zip(later, shares, strict=True) if share)
+
+        body(call, {**ins, "out": out}, touched)
 
     stages = 1 if summed else tiling.ahead
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows, outputs), jnp.float32 if kind == "maps" else x.dtype),
-        grid=(pl.cdiv(outputs, tiling.outputs),),
+        grid=(programs,),
         compiler_params=None
         if interpret
         else plgpu.CompilerParams(num_warps=tiling.warps, num_stages=stages),
         interpret=interpret,
         name=f"decode_{kind}",
-    )(inputs)
+    )(inputs, following)
+
+
+def _shares(following: tuple[Array, ...], programs: int) -> list[int]:
+    """Sectors of each weight that a program asks for."""
+    shares, left = [], FOLLOWING // _SECTOR
+    for weight in following:
+        count = min(weight.size * weight.dtype.itemsize // _SECTOR, left)
+        shares.append(pl.cdiv(count, programs))
+        left -= count
+    return shares
+
+
+def _touched(ref: Any, share: int, shape: tuple[int, int]) -> Array:
+    """Zeros, of a computation that asks for a number out of every sector of this program's share."""
+    step = _SECTOR // ref.dtype.itemsize
+    each = ref.shape[1] // step
+    size = shape[0] * shape[1]
+    within = _block(jax.lax.iota(jnp.int32, shape[0]) * shape[1], jax.lax.iota(jnp.int32, shape[1]))
+    zeros = jnp.zeros(shape, jnp.float32)
+    for part in range(pl.cdiv(share, size)):
+        own = part * size + within[0] + within[1]
+        sector = pl.program_id(0) * share + own
+        mask = (own < share) & (sector < ref.shape[0] * each)
+        view = ref.at[sector // each, sector % each * step]
+        loaded = plgpu.load(view, mask=mask, other=0.0, volatile=True)
+        # Unused loads would be left out. The result does not depend on the number, so nothing waits for it.
+        (zero,) = plgpu.elementwise_inline_asm(
+            "mov.f32 $0, 0f00000000;",
+            args=[loaded],
+            constraints="=f,h",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
+        )
+        zeros += zero
+    return zeros
 
 
 def _block(rows: Array, columns: Array) -> tuple[Array, Array]:
@@ -168,7 +220,7 @@ def _finish(call: Product, refs: dict[str, Any], sums: list[Array], at: tuple[Ar
     return (plgpu.load(refs["residual"].at[at]).astype(jnp.float32) + rounded[0]).astype(storage)
 
 
-def _summed(call: Product, refs: dict[str, Any]) -> None:
+def _summed(call: Product, refs: dict[str, Any], touched: Callable[[tuple[int, int]], Any]) -> None:
     """A program of few rows: a warp multiplies and sums whole rows of the weight."""
     tiling = call.tiling
     outputs = _outputs(call)
@@ -197,6 +249,7 @@ def _summed(call: Product, refs: dict[str, Any]) -> None:
 
     asked = [weights(chunk) for chunk in range(min(tiling.ahead, chunks))]
     sums: list[list[Any]] = [[0.0] * call.halves for _ in range(call.rows)]
+    sums[0][0] = touched((tiling.outputs, tiling.chunk))
     squares: list[Any] = [0.0] * call.rows
     for chunk in range(chunks):
         own = [weight.astype(jnp.float32) for weight in asked.pop(0)]
@@ -218,7 +271,7 @@ def _summed(call: Product, refs: dict[str, Any]) -> None:
         plgpu.store(refs["out"].at[own_row, outputs], result, mask=outputs < call.outputs)
 
 
-def _tiled(call: Product, refs: dict[str, Any]) -> None:
+def _tiled(call: Product, refs: dict[str, Any], touched: Callable[[tuple[int, int]], Any]) -> None:
     """A program of more rows: tiles of the weight, multiplied with all rows."""
     tiling = call.tiling
     count = max(16, pl.next_power_of_2(call.rows))
@@ -243,8 +296,9 @@ def _tiled(call: Product, refs: dict[str, Any]) -> None:
         return tuple(found), squares
 
     zeros = jnp.zeros((count, tiling.outputs), jnp.float32)
+    first = (zeros + touched((count, tiling.outputs)), *(zeros,) * (call.halves - 1))
     start = jnp.zeros((count, tiling.chunk) if call.normed else (1, 1), jnp.float32)
-    sums, squares = jax.lax.fori_loop(0, call.depth // tiling.chunk, step, ((zeros,) * call.halves, start))
+    sums, squares = jax.lax.fori_loop(0, call.depth // tiling.chunk, step, (first, start))
     if call.normed:
         inverse = jax.lax.rsqrt(jnp.sum(squares, axis=1) * (1.0 / call.depth) + call.eps)
         sums = tuple(y * inverse[:, None] for y in sums)
