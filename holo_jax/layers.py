@@ -16,6 +16,7 @@ from holo_jax.parallel import (
     PARAMETER_AXES,
     TENSOR,
     ambient_mesh,
+    divides_tokens,
     gathering_again,
     layout,
     parameter_layout,
@@ -64,6 +65,11 @@ class Linear(nnx.Module):
     def parameters(self) -> tuple[Array, Array | None]:
         """Weight and bias."""
         return self.weight[...], None if self.bias is None else self.bias[...]
+
+    @property
+    def whole_weight(self) -> Array:
+        """The weight in one piece along ``fsdp``, where a device runs the map by itself."""
+        return whole(self.weight[...], self.axes, self.storage)
 
     def product(self, x: Array, parameters: tuple[Array, Array | None], out_dtype: str | None) -> Array:
         """The map with these parameters, which on a mesh are one device's parts."""
@@ -159,7 +165,7 @@ def normed_project(
     """``x + delta`` and ``project`` of its norm, by kernels (``kernels.block``)."""
     maps = {name: getattr(module, name) for name in out_dtypes}
     dtypes = tuple(jnp.dtype(dtype or maps[name].storage) for name, dtype in out_dtypes.items())
-    weights = tuple(one.weight[...] for one in maps.values())
+    weights = tuple(one.whole_weight for one in maps.values())
     total, products = kernels.block.normed_products(
         x, delta, *norm.parameters, weights, dtypes=dtypes, eps=norm.eps
     )
@@ -206,19 +212,30 @@ class Normalization(nnx.Module):
         )
 
     def rows(self, x: Float[Array, "b t e"]) -> Float[Array, "b t e"]:
-        """The same as calling it, by a kernel where one may run."""
-        return kernels.block.normed(x, *self.parameters, eps=self.eps) if self.fuses(x) else self(x)
+        """The same as calling it on ``[b, t, e]``, by a kernel where one may run."""
+
+        def own(x: Array, weight: Array, bias: Array | None) -> Array:
+            if self.fuses(x):
+                return kernels.block.normed(x, weight, bias, eps=self.eps)
+            return self._plain(x, weight, bias)
+
+        rows, vector = layout("b t"), layout("_")
+        run = sharded(own, (rows, vector, vector), rows) if divides_tokens() else own
+        return run(x, *self.parameters)
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Normalises the last axis; the result has the storage dtype."""
+        return self._plain(x, *self.parameters)
+
+    def _plain(self, x: Array, weight: Array, bias: Array | None) -> Array:
         x = x.astype(jnp.float32)
-        lead = (None,) * (x.ndim - self.weight[...].ndim)
-        if self.bias is not None:
+        lead = (None,) * (x.ndim - weight.ndim)
+        if bias is not None:
             x = x - jnp.mean(x, axis=-1, keepdims=True)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
-        x = x * self.weight[...].astype(jnp.float32)[lead]
-        if self.bias is not None:
-            x = x + self.bias[...].astype(jnp.float32)[lead]
+        x = x * weight.astype(jnp.float32)[lead]
+        if bias is not None:
+            x = x + bias.astype(jnp.float32)[lead]
         return x.astype(self.storage)
 
 
@@ -257,12 +274,12 @@ class Denoiser(nnx.Module):
         self, norm: Normalization, x: Float[Array, "b t e"], delta: Float[Array, "b t e"]
     ) -> tuple[Float[Array, "b t e"], Float[Array, "b t e"]]:
         """``x + delta``, and the denoiser of its norm, by kernels (``kernels.block``)."""
-        if self.gate is not None and kernels.swiglu_runs(x, self.up.weight[...], self.backend):
-            weights = (layer.weight[...] for layer in (self.gate, self.up, self.down))
+        if self.gate is not None and kernels.swiglu_runs(x, self.up.whole_weight, self.backend):
+            weights = (layer.whole_weight for layer in (self.gate, self.up, self.down))
             return kernels.block.normed_swiglu(x, delta, *norm.parameters, *weights, eps=norm.eps)
         if self.kind == "gelu":
             assert self.up.bias is not None and self.down.bias is not None
-            maps = (self.up.weight[...], self.up.bias[...], self.down.weight[...])
+            maps = (self.up.whole_weight, self.up.bias[...], self.down.whole_weight)
             total, y = kernels.block.normed_gelu(x, delta, *norm.parameters, *maps, eps=norm.eps)
             return total, y + self.down.bias[...].astype(y.dtype)[None, None]
         total, results = normed_project(norm, self, x, delta, self.maps)

@@ -23,7 +23,18 @@ from holo_jax.layers import (
 )
 from holo_jax.mixers import MIXERS, Context, fused_memory
 from holo_jax.mixers.memory import MemoryMixer
-from holo_jax.parallel import SEQ, ambient_mesh, check_divides, constrain, layout, sharded
+from holo_jax.parallel import (
+    SEQ,
+    ambient_mesh,
+    check_divides,
+    constrain,
+    divides_tokens,
+    each_device,
+    gathering_again,
+    layout,
+    parameter_layout,
+    sharded,
+)
 from holo_jax.sequence import (
     leading_padding,
     positions_in_segments,
@@ -88,7 +99,7 @@ class Block(nnx.Module):
             self.mlp = Denoiser(config, rngs=rngs)
         self.has_mlp = config.mlp != "none"
         # What recomputes whole blocks keeps what they are given: one array then, not two.
-        self.defers = config.remat != "full"
+        self.defers, self.recomputed = config.remat != "full", config.remat != "none"
 
     def __call__(
         self, x: Array, pending: Array | None, context: Context, turns: Array | None, state: Any
@@ -97,6 +108,21 @@ class Block(nnx.Module):
 
         ``pending`` is what the block before still has to add to x: where kernels norm, they also add.
         """
+        if state is not None or not divides_tokens():
+            return self._run(x, pending, context, turns, state)
+        graph, parameters = nnx.split(self)
+        rows = layout("b t")
+        given = (_layouts(parameters), rows, rows, context.layout, layout("_"))
+
+        def own(parameters: Any, *arguments: Any) -> tuple[Array, Array | None]:
+            return nnx.merge(graph, parameters)._run(*arguments, None)[:2]
+
+        own = own if self.recomputed else gathering_again(own)
+        return *sharded(own, given, (rows, rows))(parameters, x, pending, context, turns), None
+
+    def _run(
+        self, x: Array, pending: Array | None, context: Context, turns: Array | None, state: Any
+    ) -> tuple[Array, Array | None, Any]:
         fused = state is None and self.mixer_norm.fuses(x)
         if pending is not None and not fused:
             x, pending = constrain(x + pending, "b t _"), None
@@ -215,7 +241,7 @@ class HoloModel(nnx.Module):
             return (x, pending), states
 
         # Every iteration carries the same arrays, so the first one has something to add as well.
-        deferred = layers is None and config.remat != "full" and self.norm.fuses(x)
+        deferred = layers is None and config.remat != "full" and each_device(self.norm.fuses, x, "b t")
         pending = jnp.zeros_like(x) if deferred else None
         (x, pending), layers = jax.lax.scan(
             _remat(body, config.remat, looped=config.scan_unroll < config.num_periods),
@@ -379,9 +405,19 @@ def logical_axes(params: nnx.State) -> dict[str, Any]:
         own = variable.get_metadata()["axes"]
         return ("layers", *own) if len(own) < len(variable.shape) else own
 
-    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-    named = jax.tree.map(axes, params, is_leaf=is_variable)
+    named = jax.tree.map(axes, params, is_leaf=_is_variable)
     return nnx.to_pure_dict(named)
+
+
+def _layouts(params: nnx.State) -> Any:
+    """Where the parameters of one block lie on a mesh."""
+    return jax.tree.map(
+        lambda variable: parameter_layout(variable.get_metadata()["axes"]), params, is_leaf=_is_variable
+    )
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
 
 
 def _for_kind(config: HoloConfig, kind: str) -> HoloConfig:

@@ -5,7 +5,8 @@ one, or on a mesh of one device, nothing here leaves a trace in the program. Wha
 the compiler, which needs to be told only where activations lie (``constrain``). What mixes tokens, calls
 kernels or multiplies by a parameter is written per device (``sharded``), so that what is sent is what is
 written: rows over ``data`` and ``fsdp``, time over ``seq``, heads over ``tensor``, and matrices gathered over
-``fsdp`` where they are used (``whole``).
+``fsdp`` where they are used (``whole``). Without ``tensor`` a device has whole tokens and runs whole blocks
+on them (``divides_tokens``): the program of one device, its kernels included.
 """
 
 import contextlib
@@ -76,6 +77,12 @@ def ambient_mesh() -> AbstractMesh | None:
     if mesh.empty or mesh.size == 1 or not set(MESH_AXES) <= set(mesh.axis_names):
         return None
     return None if AxisType.Manual in mesh.axis_types else mesh
+
+
+def divides_tokens() -> bool:
+    """Whether an ambient mesh divides rows and time only, so that every device can run whole blocks."""
+    mesh = ambient_mesh()
+    return mesh is not None and mesh.shape[TENSOR] == 1
 
 
 def sequence_axis() -> str | None:
@@ -174,6 +181,18 @@ def sharded(function: Callable[..., Any], arguments: Tree, results: Tree) -> Cal
     if mesh is None:
         return function
     return jax.shard_map(function, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
+
+
+def each_device(question: Callable[[Array], bool], x: Array, names: str) -> bool:
+    """What a device answers about its part of an activation with layout ``names``; nothing is computed."""
+    answers = []
+
+    def ask(part: Array) -> Array:
+        answers.append(question(part))
+        return part
+
+    jax.eval_shape(sharded(ask, (layout(names),), layout(names)), x)
+    return answers[0]
 
 
 def gathering_again(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,8 +7,6 @@ asked for by name runs or raises ``BackendUnavailableError``: it is never replac
 
 from typing import Any, NamedTuple
 
-import jax
-
 from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
@@ -40,8 +38,6 @@ __all__ = [
 _KERNELS = {"hopper": hopper, "triton": triton}
 # A kernel joins when it has been equal to the definition, and faster, on hardware.
 AUTOMATIC = ("hopper", "triton")
-# It has been so on one device only; on a mesh these run where they are asked for by name.
-_ONE_DEVICE = ("triton",)
 BACKENDS = ("auto", "ensemble", "portable", *_KERNELS)
 
 
@@ -88,9 +84,7 @@ def choose(call: Call, backend: str = "auto") -> str:
         return backend
     # A kernel works in whole chunks, so on less than one it only adds work.
     long_enough = call.values.shape[1] >= 64
-    mesh = jax.sharding.get_abstract_mesh()
-    meshed = not mesh.empty and mesh.size > 1
-    names = (name for name in AUTOMATIC if long_enough and not (meshed and name in _ONE_DEVICE))
+    names = AUTOMATIC if long_enough else ()
     return next((name for name in names if _KERNELS[name].unsupported(call) is None), "portable")
 
 

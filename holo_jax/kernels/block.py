@@ -63,9 +63,8 @@ def _unsupported_here(x: Array) -> str | None:
         return f"x has dtype {x.dtype}; it must be bfloat16, float16 or float32"
     if x.shape[0] * x.shape[1] % _TOKENS:
         return f"x has {x.shape[0] * x.shape[1]} rows; they must be a multiple of {_TOKENS}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if (not mesh.empty and mesh.size > 1) or partitioned():
-        return "the computation spans several devices"
+    if partitioned():
+        return "the computation spans several devices; call it inside jax.shard_map"
     return None
 
 

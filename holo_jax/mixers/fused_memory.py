@@ -18,6 +18,7 @@ from holo_jax.kernels.call import Call
 from holo_jax.layers import Linear, Normalization
 from holo_jax.mixers.context import Context
 from holo_jax.mixers.memory import MemoryMixer
+from holo_jax.parallel import sequence_axis, whole
 
 
 def unsupported(mixer: MemoryMixer, x: Array, context: Context) -> str | None:
@@ -39,6 +40,8 @@ def unsupported(mixer: MemoryMixer, x: Array, context: Context) -> str | None:
         return "the retrieval scale is 'sqrt_time'; it must be 'none' or 'sqrt_writes'"
     if not 2 <= config.short_conv <= 8:
         return f"short_conv is {config.short_conv}; it must be between 2 and 8"
+    if sequence_axis() is not None:
+        return "the sequence is divided over devices"
     if context.padding is not None or getattr(mixer, "joined", None) is not None:
         return "it reads on from a state"
     if x.dtype != jnp.dtype(config.precision.storage):
@@ -81,7 +84,8 @@ def after_norm(
     narrow = ("write", "erase") if config.erase else ("write",)
     # Gates are a few columns each: they ride along with the phases, which have the same dtype.
     phases = jnp.concatenate([getattr(mixer, n).weight[...] for n in ("phases", *narrow)], axis=1)
-    weights = (mixer.values.weight[...], mixer.gate.weight[...], phases)
+    phases = whole(phases, mixer.phases.axes, config.precision.storage)
+    weights = (mixer.values.whole_weight, mixer.gate.whole_weight, phases)
     dtypes = (x.dtype, x.dtype, jnp.dtype(config.precision.phases))
     if norm.fuses(x):
         x, products = kernels.block.normed_products(
@@ -115,7 +119,7 @@ def _mix(mixer: MemoryMixer, context: Context, values: Array, gate: Array, raw: 
     if config.read_scale == "sqrt_writes":
         factors = 1.0 / retrieval_scale(config.read_scale, gates, segment_ids=context.segment_ids)
     return kernels.block.gated_product(
-        retrieved, factors, gate, mixer.head_norm.weight[...], mixer.out.weight[...], eps=config.norm_eps
+        retrieved, factors, gate, mixer.head_norm.weight[...], mixer.out.whole_weight, eps=config.norm_eps
     )
 
 
