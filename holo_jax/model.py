@@ -26,10 +26,10 @@ from holo_jax.mixers.memory import MemoryMixer
 from holo_jax.parallel import (
     SEQ,
     ambient_mesh,
+    asked_where_blocks_run,
     check_divides,
     constrain,
     divides_tokens,
-    each_device,
     gathering_again,
     layout,
     parameter_layout,
@@ -241,7 +241,7 @@ class HoloModel(nnx.Module):
             return (x, pending), states
 
         # Every iteration carries the same arrays, so the first one has something to add as well.
-        deferred = layers is None and config.remat != "full" and each_device(self.norm.fuses, x, "b t")
+        deferred = layers is None and config.remat != "full" and asked_where_blocks_run(self.norm.fuses, x)
         pending = jnp.zeros_like(x) if deferred else None
         (x, pending), layers = jax.lax.scan(
             _remat(body, config.remat, looped=config.scan_unroll < config.num_periods),

@@ -183,15 +183,17 @@ def sharded(function: Callable[..., Any], arguments: Tree, results: Tree) -> Cal
     return jax.shard_map(function, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
 
 
-def each_device(question: Callable[[Array], bool], x: Array, names: str) -> bool:
-    """What a device answers about its part of an activation with layout ``names``; nothing is computed."""
+def asked_where_blocks_run(question: Callable[[Array], bool], x: Array) -> bool:
+    """The answer of what runs a block (a device of ``divides_tokens``) about its part of ``[b, t, ...]``."""
+    if not divides_tokens():
+        return question(x)
     answers = []
 
     def ask(part: Array) -> Array:
         answers.append(question(part))
         return part
 
-    jax.eval_shape(sharded(ask, (layout(names),), layout(names)), x)
+    jax.eval_shape(sharded(ask, (layout("b t"),), layout("b t")), x)
     return answers[0]
 
 

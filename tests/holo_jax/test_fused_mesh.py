@@ -1,0 +1,75 @@
+"""The kernels between products on a mesh, in Pallas' interpreter: every device runs those of one."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from holo_jax.kernels import block, triton
+from holo_jax.parallel import MESH_AXES
+from tests.train.common import micro_config
+from train.loop import build
+from train.sharding import batch_sharding, make_mesh, put_batch, replicated
+
+pytestmark = pytest.mark.devices(8)
+ROWS, TIME = 4, 64
+MODELS: dict[str, dict[str, Any]] = {
+    "holo": dict(model__preset="holo", model__hd_dim=32, model__erase=False, model__block_backend="norms"),
+    "gelu": dict(model__preset="holo", model__hd_dim=32, model__erase=False, model__mlp="gelu"),
+}
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Kernels run in the interpreter, on one device too."""
+    monkeypatch.setattr(triton, "missing", lambda: None)
+    partitioned = block.partitioned
+    monkeypatch.setattr(
+        block, "partitioned", lambda: partitioned() and not jax.sharding.get_abstract_mesh().empty
+    )
+    jax.config.update("jax_disable_most_optimizations", True)  # the time goes into compiling
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def first_step(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[str, list[np.ndarray]]:
+    """The traced step; loss, gradient norm and moments (the gradients) after the first."""
+    mesh_of = {f"mesh__{axis}": size for axis, size in zip(MESH_AXES, sizes, strict=True)}
+    fields = MODELS[model] | fields | mesh_of | dict(model__hidden_size=128, model__mlp_ratio=1.0)
+    config = micro_config(
+        global_batch_size=ROWS, num_steps=1, context_length=TIME, mesh__devices=int(np.prod(sizes)), **fields
+    )
+    mesh = make_mesh(config.mesh)
+    _, steps = build(config.model, config.optimizer, config.num_steps, mesh)
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(64, size=(ROWS, TIME), dtype=np.int32)
+    segments = np.ones((ROWS, TIME), np.int32)
+    segments[1, 20:], segments[2, 32:] = 2, 2
+    batch = put_batch({"tokens": tokens, "segment_ids": segments}, 1, batch_sharding(mesh))
+    key = np.asarray(jax.random.key_data(jax.random.key(0, impl="threefry2x32")))
+    state = steps.init(jax.device_put(key, replicated(mesh)))
+    traced = steps.train.trace(state, batch)
+    after, metrics = traced.lower().compile()(state, batch)
+    found = [metrics.loss, metrics.grad_norm, *jax.tree.leaves(after.opt_state)]
+    return str(traced.jaxpr), [np.asarray(x) for x in jax.device_get(found)]
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "remat"),
+    [
+        ("holo", (2, 1, 1, 1), "dots"),
+        ("holo", (1, 2, 2, 1), "full"),
+        ("gelu", (1, 2, 1, 1), "none"),
+    ],
+)
+def test_a_step_is_that_of_one_device(model: str, sizes: tuple[int, ...], remat: str) -> None:
+    program, found = first_step(model, sizes, model__remat=remat)
+    plain, want = first_step(model, (1, 1, 1, 1), model__remat=remat, model__block_backend="portable")
+    assert "norm_forward" in program and "norm_forward" not in plain
+    for got, expected in zip(found, want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_divided_model_keeps_the_plain_form() -> None:
+    assert "norm_forward" not in first_step("holo", (1, 1, 1, 2))[0]
