@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 import re
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ from eval import common, scaling_view
 from eval.common import Reporter, UsageError
 from eval.results import exact
 from eval.speed_parts.models import Size, model_config
-from eval.speed_parts.profile import communication_milliseconds
+from eval.speed_parts.profile import step_times
 from eval.speed_parts.timing import (
     Built,
     Job,
@@ -42,6 +43,7 @@ from eval.speed_parts.timing import (
 from holo_jax.config import HoloConfig
 from holo_jax.parallel import BATCH_AXES, DATA, MESH_AXES, SEQ
 from train.collectives import KINDS, collectives
+from train.compilation import compiler_options
 from train.loop import build
 from train.run_config import MeshConfig, OptimizerConfig
 from train.sharding import batch_sharding, make_mesh, put_batch, replicated
@@ -59,14 +61,8 @@ _OPTIMIZER = OptimizerConfig(
 )
 _STEPS = 1000
 _CHAIN = 16
-_LINK_BYTES = (1024, 2**20, 2**26, 2**29)
+_LINK_BYTES = tuple(2**k for k in (10, 16, 20, 22, 24, 26, 29))
 _TOLERANCE = 0.02  # of losses and gradient norms in bfloat16
-# What ``overlap`` asks of the compiler.
-_SCHEDULES: tuple[dict[str, Any], ...] = (
-    {},
-    {"xla_gpu_enable_latency_hiding_scheduler": True},
-    {"xla_gpu_enable_latency_hiding_scheduler": True, "xla_gpu_enable_while_loop_double_buffering": True},
-)
 
 
 class Case(NamedTuple):
@@ -78,9 +74,9 @@ class Case(NamedTuple):
       rows: sequences of one device; of all together if ``strong``, and along ``seq``.
       strong: 1 keeps the whole problem the same on one device, 0 the share of a device.
       remat, unroll, model, block: of the model; ``block`` is its ``block_backend``. What one device runs and
-        a mesh does not is no loss of scaling, so both run what a mesh can.
-      overlap: 1 asks the compiler to order operations so that collectives run beside others, 2 also to take
-        two turns of a loop at a time.
+        a mesh does not (along ``seq`` and ``tensor``) is no loss of scaling: name there what both run.
+      overlap: 1 compiles as training does (``train.compilation``), 0 without its options.
+      between: 1 measures powers of two between one device and all as well.
     """
 
     axis: str
@@ -90,8 +86,9 @@ class Case(NamedTuple):
     remat: str = "dots"
     unroll: int = 1
     model: str = "holo"
-    overlap: int = 0
-    block: str = "products"
+    overlap: int = 1
+    block: str = "auto"
+    between: int = 1
 
     def shape(self, devices: int, largest: int) -> tuple[int, int]:
         """Rows and tokens of the batch on ``devices`` devices, of at most ``largest``.
@@ -127,8 +124,9 @@ def parse_case(text: str) -> Case:
             raise ValueError(f"case {text!r} has the unknown key {key!r}")
         options[key] = int(value) if kinds[key] is int else value
     case = Case(match[1], int(match[2]), **options)
-    if not 0 <= case.overlap < len(_SCHEDULES):
-        raise ValueError(f"case {text!r} has overlap {case.overlap}; it must be 0, 1 or 2")
+    for name in ("strong", "overlap", "between"):
+        if getattr(case, name) not in (0, 1):
+            raise ValueError(f"case {text!r} has {name} {getattr(case, name)}; it must be 0 or 1")
     return case
 
 
@@ -191,18 +189,21 @@ class Plan(NamedTuple):
     def where(self) -> dict[str, Any]:
         """Its settings in results."""
         totals = {"total_rows": self.rows, "total_length": self.length}
-        return self.case._asdict() | {"devices": self.devices} | totals
+        found = self.case._asdict() | {"devices": self.devices} | totals
+        del found["between"]
+        return found
 
     @property
     def key(self) -> tuple:
         """What its program depends on; cases may share one, that of one device say."""
-        return id(self.steps), self.rows, self.length, self.case.overlap
+        return id(self.steps), self.rows, self.length, self.devices == 1 or self.case.overlap
 
     def job(self, options: dict[str, Any]) -> Job:
         """The train step, to be compiled."""
         ids = jax.ShapeDtypeStruct((1, self.rows, self.length), np.int32)
         batch = {"tokens": ids, "segment_ids": ids}
-        options = options | _SCHEDULES[self.case.overlap]
+        if not self.case.overlap:
+            options = (compiler_options(self.mesh, overlap=False) or {}) | options
         return Job(self.where, lambda: self.steps.train.lower(self.steps.shapes, batch), options or None)
 
     def start(self, seed: int) -> Any:
@@ -246,9 +247,10 @@ def make_plan(case: Case, size: Size, devices: int, largest: int) -> Plan:
     )
 
 
-def counts(largest: int) -> list[int]:
-    """Numbers of devices that are measured: powers of two, and all."""
-    return sorted({2**k for k in range(largest.bit_length()) if 2**k <= largest} | {largest})
+def counts(largest: int, between: int = 1) -> list[int]:
+    """Numbers of devices that are measured: one, powers of two ``between``, and all."""
+    powers = {2**k for k in range(largest.bit_length()) if 2**k <= largest}
+    return sorted((powers if between else {1}) | {largest})
 
 
 class Baseline(NamedTuple):
@@ -267,14 +269,15 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         measure_links(reporter, largest)
     size = Size(settings.layers, settings.width, settings.vocab)
     plans = [
-        [make_plan(case, size, devices, largest) for devices in counts(largest)]
+        [make_plan(case, size, devices, largest) for devices in counts(largest, case.between)]
         for case in map(parse_case, settings.cases)
     ]
     stages = [plans[i : i + settings.together] for i in range(0, len(plans), settings.together)]
     built: dict[tuple, Built] = {}
     for stage in stages:
         jobs: dict[tuple, Job] = {}
-        for plan in itertools.chain.from_iterable(stage):
+        # The largest first: they take longest to compile.
+        for plan in sorted(itertools.chain.from_iterable(stage), key=lambda plan: -plan.devices):
             if plan.key not in built:
                 jobs.setdefault(plan.key, plan.job(settings.compiler_options))
         built.update(zip(jobs, compile_all(list(jobs.values()), settings.workers), strict=True))
@@ -304,6 +307,7 @@ def measure_links(reporter: Reporter, largest: int) -> None:
         return x
 
     run = jax.jit(jax.shard_map(chained, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
+    found: list[tuple[float, float]] = []
     for size in _LINK_BYTES:
         held = {"x": jax.device_put(np.ones(size // 4, np.float32), replicated(mesh))}
 
@@ -323,7 +327,23 @@ def measure_links(reporter: Reporter, largest: int) -> None:
             median("all_reduce_microseconds", each, where, scale=1e6),
             median("all_reduce_ring_gb_per_second", ring, where, scale=1e-9),
         )
+        found.append((ring[0] * each[0], float(np.median(each))))
         say(f"all-reduce of {size:,} bytes: {1e6 * np.median(each):.1f} us, {np.median(ring) / 1e9:.1f} GB/s")
+
+    fixed, rate = fit_link(*zip(*found, strict=True))
+    reporter.add(
+        exact("link_fixed_microseconds", 1e6 * fixed, devices=largest),
+        exact("link_gb_per_second", 1e-9 * rate, devices=largest),
+    )
+    say(f"all-reduce: {1e6 * fixed:.1f} us and its bytes at {1e-9 * rate:.1f} GB/s")
+
+
+def fit_link(sent: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
+    """(fixed seconds, bytes a second) of ``seconds = fixed + sent / rate``, by least relative errors."""
+    weights = 1 / np.asarray(seconds)
+    columns = np.stack([weights, np.asarray(sent) * weights], axis=1)
+    fixed, slope = np.linalg.lstsq(columns, np.ones(len(weights)), rcond=None)[0]
+    return float(fixed), float(1 / slope)
 
 
 def measure(
@@ -369,19 +389,30 @@ def measure(
             exact("exposed_milliseconds", 1e3 * (median_seconds - share), by="one device", **where),
         )
     say(f"{_name(plan)}: {rate.value:,.0f} tokens/s, {1e3 * median_seconds:.1f} ms")
-    if settings.profile and plan.devices > 1:
-        try:
-            profiled = communication_milliseconds(one)
-        except Exception as error:
-            profiled = None
-            reporter.note(f"{_name(plan)}: no profile: {failure(error)[1]}")
-        if profiled is not None:
-            reporter.add(
-                exact("communication_milliseconds", profiled[0], **where),
-                exact("exposed_milliseconds", profiled[1], by="profile", **where),
-            )
-            say(f"collectives {profiled[0]:.1f} ms, {profiled[1]:.1f} of it alone")
+    if settings.profile:
+        profile(reporter, plan, one)
     return Baseline(found, median_seconds)
+
+
+def profile(reporter: Reporter, plan: Plan, one: Callable[[], Any]) -> None:
+    """Adds where the devices' time goes: computation, collectives, both, and the largest kernels."""
+    where = plan.where
+    try:
+        found = step_times(one)
+    except Exception as error:
+        reporter.note(f"{_name(plan)}: no profile: {failure(error)[1]}")
+        return
+    if found is None:
+        return
+    reporter.add(exact("computing_milliseconds", found.computing, **where))
+    for kernel, milliseconds in found.kernels:
+        reporter.add(exact("kernel_milliseconds", milliseconds, kernel=kernel, **where))
+    if plan.devices > 1:
+        reporter.add(
+            exact("communication_milliseconds", found.sending, **where),
+            exact("exposed_milliseconds", found.alone, by="profile", **where),
+        )
+    say(f"computing {found.computing:.1f} ms, collectives {found.sending:.1f}, {found.alone:.1f} of it alone")
 
 
 def agrees(reporter: Reporter, plan: Plan, found: np.ndarray, baseline: Baseline) -> bool:

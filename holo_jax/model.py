@@ -115,7 +115,8 @@ class Block(nnx.Module):
         given = (_layouts(parameters), rows, rows, context.layout, layout("_"))
 
         def own(parameters: Any, *arguments: Any) -> tuple[Array, Array | None]:
-            return nnx.merge(graph, parameters)._run(*arguments, None)[:2]
+            block: Any = nnx.merge(graph, parameters)
+            return block._run(*arguments, None)[:2]
 
         own = own if self.recomputed else gathering_again(own)
         return *sharded(own, given, (rows, rows))(parameters, x, pending, context, turns), None

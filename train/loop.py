@@ -135,7 +135,7 @@ def _check_sizes(config: RunConfig, mesh: Mesh, inputs: Inputs) -> tuple[ModelFu
     return build(config.model, config.optimizer, config.num_steps, mesh)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def build(
     model: HoloConfig, optimizer: OptimizerConfig, num_steps: int, mesh: Mesh
 ) -> tuple[ModelFunctions, StepFunctions]:

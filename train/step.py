@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from holo_jax.array_types import Array
 from holo_jax.parallel import on_mesh
+from train.compilation import compiler_options
 from train.model_functions import ModelFunctions, Params
 from train.sharding import batch_sharding, optimizer_shardings, parameter_shardings, replicated
 
@@ -136,6 +137,7 @@ def make_step_functions(
     opt_at = optimizer_shardings(mesh, shapes.opt_state, params_at)
     whole, rows_at = replicated(mesh), batch_sharding(mesh)
     shardings = TrainState(whole, params_at, opt_at, whole, whole, whole)
+    options = compiler_options(mesh)
     return StepFunctions(
         init=jax.jit(init, in_shardings=whole, out_shardings=shardings),
         train=jax.jit(
@@ -143,8 +145,14 @@ def make_step_functions(
             in_shardings=(shardings, rows_at),
             out_shardings=(shardings, whole),
             donate_argnums=0,
+            compiler_options=options,
         ),
-        evaluate=jax.jit(on_this_mesh(evaluate), in_shardings=(params_at, rows_at), out_shardings=whole),
+        evaluate=jax.jit(
+            on_this_mesh(evaluate),
+            in_shardings=(params_at, rows_at),
+            out_shardings=whole,
+            compiler_options=options,
+        ),
         shapes=shapes,
         shardings=shardings,
     )

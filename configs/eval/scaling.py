@@ -1,10 +1,11 @@
 """Scaling of the train step over the devices that are there, by mesh axis, weak and strong.
 
 Command:  python -m eval.scaling --config=configs/eval/scaling.py --out=runs/scaling
-          one case: --config.cases="('seq@1048576 remat=full',)"
+          one case: --config.cases="('seq@1048576 remat=full block=norms',)"
 Hardware: two or more GPUs of one machine (kernels of the extra ``kernels`` on Hopper); :quick runs on fake
           CPU devices (XLA_FLAGS=--xla_force_host_platform_device_count=4), where its times mean nothing
-Expect:   two H100: data and fsdp at .93 of two single cards (docs/log.md, 2026-11-25)
+Expect:   two H100, before kernels ran on a mesh: data and fsdp at .93 of two single cards (docs/log.md,
+          2026-11-25)
 """
 
 from configs.eval import choose
@@ -15,22 +16,28 @@ _VARIANTS = {
         width=1024,
         vocab=32000,
         # AXIS@LENGTH: rows a device (total with strong=1); along seq, tokens of the whole sequence.
+        # AXIS@LENGTH: rows a device (total with strong=1); along seq, tokens of the whole sequence. The most
+        # important come first: results are written as they come.
         cases=(
             "data@4096 rows=8",
             "fsdp@4096 rows=8",
-            "seq@1048576 remat=full",
-            "seq@65536 strong=1",
-            "seq@65536",
-            "fsdp@4096 rows=8 overlap=1",
-            "fsdp@4096 rows=8 unroll=12 overlap=1",
+            "seq@1048576 remat=full block=norms",
+            "data@4096 rows=8 overlap=0 between=0",
+            "fsdp@4096 rows=8 overlap=0 between=0",
+            "seq@65536 strong=1 block=norms between=0",
+            "data@4096 rows=16 strong=1 between=0",
+            "data@65536 between=0",
+            "seq@65536 block=norms between=0",
+            "seq@4096 rows=32 block=norms between=0",
+            "data@4096 rows=8 model=seed between=0",
         ),
         options=(),  # XLA compiler options of every program, NAME=VALUE
         samples=3,
         least_seconds=0.5,
-        together=2,  # cases compiled before they are timed
-        workers=12,  # programs compiled at a time
+        together=4,  # cases compiled before they are timed
+        workers=20,  # programs compiled at a time
         profile=True,  # the collectives of a step, by the profiler
-        links=True,  # an all-reduce of all devices at four sizes
+        links=True,  # an all-reduce of all devices at seven sizes
         seed=0,
     ),
     "quick": dict(

@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -53,37 +53,53 @@ def kernel_milliseconds(run: Callable[[], Any]) -> dict[str, tuple[float, float]
     return {name: (milliseconds, launches) for name, (milliseconds, launches) in times.items()}
 
 
-def communication_milliseconds(run: Callable[[], Any]) -> tuple[float, float] | None:
-    """Milliseconds of one ``run()`` in which a device ran a collective, and in which it ran nothing else.
+class StepTimes(NamedTuple):
+    """Milliseconds of one run, means over the devices.
 
-    Means over the devices, from the kernels of NCCL; waiting for other devices is inside them. None where the
-    profiler saw no kernels, as on CPUs.
+    Attributes:
+      computing: in which a device ran something that is no collective.
+      sending: in which it ran a collective (of NCCL); waiting for other devices is inside.
+      alone: in which it ran a collective and nothing else.
+      kernels: the largest, by name without trailing numbers, with the sum of their durations.
     """
+
+    computing: float
+    sending: float
+    alone: float
+    kernels: list[tuple[str, float]]
+
+
+def step_times(run: Callable[[], Any], count: int = 24) -> StepTimes | None:
+    """Where the devices' time goes in a ``run()``; None where the profiler saw no kernels, as on CPUs."""
     devices: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)
+    names: dict[str, float] = collections.defaultdict(float)
     for event in _traced(run):
         devices[event["pid"]].append(event)
-    spent = [exposed(events) for events in devices.values()]
-    if not spent:
+        names[re.sub(r"[._]?\d+$", "", event["name"])[:100]] += event["dur"]
+    if not devices:
         return None
-    total, alone = (sum(one) / len(spent) / _CALLS * 1e-3 for one in zip(*spent, strict=True))
-    return total, alone
+    each = 1e-3 / _CALLS / len(devices)
+    computing, sending, alone = (sum(one) * each for one in zip(*map(exposed, devices.values()), strict=True))
+    largest = sorted(names.items(), key=lambda item: -item[1])[:count]
+    return StepTimes(computing, sending, alone, [(name, spent * each) for name, spent in largest])
 
 
-def exposed(events: list[dict[str, Any]]) -> tuple[float, float]:
-    """How long a device ran collectives, and of that nothing else, by its events (``ts``, ``dur``)."""
+def exposed(events: list[dict[str, Any]]) -> tuple[float, float, float]:
+    """How long a device computed, ran collectives, and of that nothing else, by events (``ts``, ``dur``)."""
     spans = [(e["ts"], e["ts"] + e["dur"], "nccl" in e["name"].lower()) for e in events if e["dur"] > 0]
     borders = sorted({time for begin, end, _ in spans for time in (begin, end)})
     changes = collections.defaultdict(lambda: [0, 0])
     for begin, end, sends in spans:
         changes[begin][sends] += 1
         changes[end][sends] -= 1
-    total = alone = 0.0
+    computed = total = alone = 0.0
     computing = sending = 0
     for begin, end in itertools.pairwise(borders):
         computing, sending = computing + changes[begin][0], sending + changes[begin][1]
+        computed += (end - begin) * (computing > 0)
         total += (end - begin) * (sending > 0)
         alone += (end - begin) * (sending > 0 and computing == 0)
-    return total, alone
+    return computed, total, alone
 
 
 def top_kernels(run: Callable[[], Any], where: dict[str, Scalar], count: int = 40) -> list[Value]:

@@ -19,12 +19,13 @@ def test_cases_are_parsed_and_divided():
     assert [rows.shape(n, 4) for n in (1, 4)] == [(8, 64), (32, 64)]
     assert [rows._replace(strong=1).shape(n, 4) for n in (1, 4)] == [(8, 64), (8, 64)]
     assert [scaling.counts(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+    assert [scaling.counts(n, 0) for n in (1, 4)] == [[1], [1, 4]]
     with pytest.raises(UsageError, match="rows 8 must be a multiple of 3 devices"):
         rows._replace(strong=1).shape(3, 3)
     for text, message in (
         ("time@64", "with a mesh axis"),
         ("seq@64 length=2", "unknown key 'length'"),
-        ("seq@64 overlap=3", "overlap 3; it must be 0, 1 or 2"),
+        ("seq@64 overlap=3", "overlap 3; it must be 0 or 1"),
     ):
         with pytest.raises(ValueError, match=message):
             scaling.parse_case(text)
@@ -38,8 +39,14 @@ def test_collectives_are_exposed_where_nothing_else_runs():
         ("norm", 22, 1),
     ]
     events = [{"name": name, "ts": begin, "dur": duration} for name, begin, duration in spans]
-    assert exposed(events) == (20, 14)
-    assert exposed(events[:1]) == (0, 0)
+    assert exposed(events) == (11, 20, 14)
+    assert exposed(events[:1]) == (10, 0, 0)
+
+
+def test_a_link_is_fitted():
+    sent = np.array([2.0**k for k in (10, 20, 26, 29)])
+    fixed, rate = scaling.fit_link(sent, 4e-5 + sent / 250e9)
+    np.testing.assert_allclose((fixed, rate), (4e-5, 250e9), rtol=1e-6)
 
 
 @pytest.mark.devices(8)

@@ -231,6 +231,16 @@ def test_exchanges_are_those_counted_by_hand() -> None:
     assert sent(longer, 1, 1, 2, 1) == sent(config, 1, 1, 2, 1), "it must not depend on the length"
 
 
+def test_exchanges_start_once_an_array() -> None:
+    config = deep_config("holo", "dots", 8, 64, 1)
+    (data,) = exchanges(config, abstract(4, 1, 1, 1), H100)
+    # Every matrix of 256 small layers is sent with the others of its layer; embedding, head and norm apart.
+    assert data.collectives == 256 + 3
+    link = H100.inside
+    started = 6 * link.seconds_per_hop + 259 * link.seconds_per_exchange
+    assert data.seconds == pytest.approx(data.bytes / link.bytes_per_second + started)
+
+
 def test_rings_go_at_the_rate_of_their_narrowest_network() -> None:
     assert H100.link(8, 8) == H100.inside
     assert H100.link(8, 1).bytes_per_second == H100.between.bytes_per_second

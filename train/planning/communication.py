@@ -8,11 +8,13 @@ Where an axis reaches beyond a node, its ring goes at the rate of the network be
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from holo_jax.config import HoloConfig
 from holo_jax.model import count_parameters
+from train.compilation import SEPARATE
 from train.model_functions import model_functions
 from train.planning.hardware import Hardware, Link
 from train.run_config import RunConfig
@@ -27,6 +29,7 @@ class Exchange(NamedTuple):
       what: is sent.
       bytes: from each device.
       hops: messages that wait for one another.
+      collectives: how many are started.
       link: the network.
     """
 
@@ -34,12 +37,13 @@ class Exchange(NamedTuple):
     what: str
     bytes: float
     hops: int
+    collectives: int
     link: Link
 
     @property
     def seconds(self) -> float:
         """Duration when nothing else uses the network."""
-        return self.bytes / self.link.bytes_per_second + self.hops * self.link.seconds_per_hop
+        return self.link.seconds(self.bytes, self.hops, self.collectives)
 
 
 def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list[Exchange]:
@@ -59,29 +63,32 @@ def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list
     sent = count * jnp.dtype(model.precision.storage).itemsize
     found = []
 
-    def ring(axes: tuple[str, ...], what: str, size: float, times: int) -> None:
-        """``times`` all-gathers or reduce-scatters, one after the other, of ``size`` bytes in all."""
+    def ring(axes: tuple[str, ...], what: str, size: float, times: int, count: int) -> None:
+        """``times`` rounds of a ring, by ``count`` collectives in a row, of ``size`` bytes in all."""
         axes = tuple(axis for axis in axes if sizes[axis] > 1)
         if axes and size:
             ways = math.prod(sizes[axis] for axis in axes)
             link = hardware.link(ways, _in_node(axes, sizes, hardware.node_devices))
             share = size * (ways - 1) / ways
-            found.append(Exchange(" x ".join(axes), what, share, times * (ways - 1), link))
+            found.append(Exchange(" x ".join(axes), what, share, times * (ways - 1), count, link))
 
     # Both replicate the weights. What fsdp and tensor divide is summed in the divided form.
     own = weights / (fsdp * tensor)
-    ring(("data", "seq"), "gradients, all-reduce", 2 * parts * own, 2 * parts)
+    arrays = _arrays(model)
+    ring(("data", "seq"), "gradients, all-reduce", 2 * parts * own, 2 * parts, parts * arrays)
     ring(
         ("fsdp",),
         "weights, gathered forward and backward; gradients, scattered",
         parts * (2 * sent + weights) / tensor,
         3 * parts * model.num_periods,
+        3 * parts * arrays,
     )
     state = sum(_part_bytes(model, kind, rows, length) for kind in model.layer_kinds) * model.num_periods
     ring(
         ("seq",),
         "state of each part, forward and backward",
         (again + 1) * parts * seq * state / tensor,
+        (again + 1) * parts * layers,
         (again + 1) * parts * layers,
     )
     # The outputs of mixer and denoiser forward, the gradients of their inputs backward; "full" computes the
@@ -94,8 +101,18 @@ def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list
         "activations, all-reduce around mixer and denoiser",
         2 * reduced * activation,
         2 * reduced,
+        reduced,
     )
     return found
+
+
+def _arrays(model: HoloConfig) -> int:
+    """How many gradients are sent: each matrix of a layer by itself, what is small together."""
+    shapes = model_functions(model).shapes
+    layered = jax.tree.leaves(shapes["model"]["periods"])
+    large = [leaf for leaf in layered if leaf.size * leaf.dtype.itemsize >= SEPARATE * model.num_periods]
+    outside = len(jax.tree.leaves(shapes)) - len(layered)
+    return (len(large) + 1) * model.num_periods + outside
 
 
 def _in_node(axes: tuple[str, ...], sizes: dict[str, int], node: int) -> int:

@@ -15,11 +15,18 @@ class Link:
       name: what is printed.
       bytes_per_second: what one device sends and receives in a ring (the "bus bandwidth" of a collective).
       seconds_per_hop: of one message between neighbours, however small.
+      seconds_per_exchange: of starting a collective among all devices, however few they are.
     """
 
     name: str
     bytes_per_second: float
     seconds_per_hop: float
+    seconds_per_exchange: float
+
+    def seconds(self, sent: float, hops: int, exchanges: int) -> float:
+        """Duration of collectives one after the other that send so many bytes from a device in all."""
+        started = hops * self.seconds_per_hop + exchanges * self.seconds_per_exchange
+        return sent / self.bytes_per_second + started
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +59,22 @@ class Hardware:
             return self.inside
         rate = min(self.inside.bytes_per_second, in_node * self.between.bytes_per_second)
         hop = (self.between.seconds_per_hop + (in_node - 1) * self.inside.seconds_per_hop) / in_node
-        return Link(self.between.name, rate, hop)
+        return Link(self.between.name, rate, hop, self.between.seconds_per_exchange)
 
 
-# Measured on 2026-11-24, jax 0.11.2: the 8192^3 product and the copy on one H100, the all-reduce on two of
-# one host (on two others, NVLS off, 250e9 at 512 MiB on 2026-11-25). Assumed: hops, the size of a node, and
-# one 400 Gbit/s InfiniBand port a device.
+# Measured on 2026-11-24, jax 0.11.2: the 8192^3 product and the copy on one H100; on 2026-11-25 the all-
+# reduce on two of one host, NVLS off: 43 us for 1 KiB, 47 for 1 MiB, 330 for 64 MiB, 2,145 for 512 MiB;
+# rate and fixed part are the fit of ``eval.scaling.fit_link`` (43 us, within 5%), hops taken off. Assumed:
+# hops, the size of a node, one 400 Gbit/s InfiniBand port a device, and that between nodes a collective
+# starts as slowly.
 H100 = Hardware(
     name="NVIDIA H100",
     hbm_gb=80.0,
     product_flops=702e12,
     copy_bytes=2.96e12,
     node_devices=8,
-    inside=Link("NVLink", 329e9, 3e-6),
-    between=Link("InfiniBand", 50e9, 10e-6),
+    inside=Link("NVLink", 246e9, 3e-6, 37e-6),
+    between=Link("InfiniBand", 50e9, 10e-6, 37e-6),
 )
 
 # Share of ``product_flops`` that a whole train step reaches, by mixer, on one device and on a mesh, where the

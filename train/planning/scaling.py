@@ -96,11 +96,10 @@ def axis_table() -> Iterator[str]:
                 config = run_config(shape, 1, 8 * TOKENS)
             found = step(config, sizes)
             sent = [one for one in found.sent if name in one.axis]
-            size, hops = sum(one.bytes for one in sent), sum(one.hops for one in sent)
+            size, hops, count = (sum(each) for each in zip(*(one[2:5] for one in sent), strict=True))
             cells = [f"{size / 1e9:.2f} GB", f"{size / 1e6 / shape.layers:.0f} MB", str(hops)]
             for link in (H100.inside, H100.between):
-                seconds = size / link.bytes_per_second + hops * link.seconds_per_hop
-                cells.append(f"{seconds * 1e3:.0f} ms")
+                cells.append(f"{link.seconds(size, hops, count) * 1e3:.0f} ms")
             yield f"| {shape.name} | {name} | {' | '.join(cells)} | {found.compute * 1e3:.0f} ms |"
 
 
