@@ -231,10 +231,10 @@ def test_exchanges_are_those_counted_by_hand() -> None:
     assert sent(longer, 1, 1, 2, 1) == sent(config, 1, 1, 2, 1), "it must not depend on the length"
 
 
-def test_exchanges_start_once_an_array() -> None:
+def test_exchanges_start_once_a_layer() -> None:
     config = deep_config("holo", "dots", 8, 64, 1)
     (data,) = exchanges(config, abstract(4, 1, 1, 1), H100)
-    # Every matrix of 256 small layers is sent with the others of its layer; embedding, head and norm apart.
+    # What 256 small layers send is joined, a layer at a time; embedding, head and the last norm are apart.
     assert data.collectives == 256 + 3
     link = H100.inside
     started = 6 * link.seconds_per_hop + 259 * link.seconds_per_exchange

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 
 from holo_jax.config import HoloConfig
 from holo_jax.model import count_parameters
-from train.compilation import SEPARATE
+from train.compilation import JOINED
 from train.model_functions import model_functions
 from train.planning.hardware import Hardware, Link
 from train.run_config import RunConfig
@@ -74,14 +74,14 @@ def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list
 
     # Both replicate the weights. What fsdp and tensor divide is summed in the divided form.
     own = weights / (fsdp * tensor)
-    arrays = _arrays(model)
-    ring(("data", "seq"), "gradients, all-reduce", 2 * parts * own, 2 * parts, parts * arrays)
+    started = _started(model)
+    ring(("data", "seq"), "gradients, all-reduce", 2 * parts * own, 2 * parts, parts * started)
     ring(
         ("fsdp",),
         "weights, gathered forward and backward; gradients, scattered",
         parts * (2 * sent + weights) / tensor,
         3 * parts * model.num_periods,
-        3 * parts * arrays,
+        3 * parts * started,
     )
     state = sum(_part_bytes(model, kind, rows, length) for kind in model.layer_kinds) * model.num_periods
     ring(
@@ -106,13 +106,12 @@ def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list
     return found
 
 
-def _arrays(model: HoloConfig) -> int:
-    """How many gradients are sent: each matrix of a layer by itself, what is small together."""
+def _started(model: HoloConfig) -> int:
+    """How many collectives sum the gradients: of each layer as many as its bytes ask for, and those outside."""
     shapes = model_functions(model).shapes
     layered = jax.tree.leaves(shapes["model"]["periods"])
-    large = [leaf for leaf in layered if leaf.size * leaf.dtype.itemsize >= SEPARATE * model.num_periods]
-    outside = len(jax.tree.leaves(shapes)) - len(layered)
-    return (len(large) + 1) * model.num_periods + outside
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in layered) / model.num_periods
+    return math.ceil(size / JOINED) * model.num_periods + len(jax.tree.leaves(shapes)) - len(layered)
 
 
 def _in_node(axes: tuple[str, ...], sizes: dict[str, int], node: int) -> int:

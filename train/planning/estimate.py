@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import AbstractMesh, AxisType
 
 from holo_jax.model import count_parameters
+from holo_jax.parallel import TENSOR
 from train.model_functions import model_functions
 from train.planning.communication import Exchange, exchanges
 from train.planning.hardware import GB, Hardware, step_share
@@ -109,7 +110,7 @@ def make_plan(config: RunConfig, devices: int, hardware: Hardware) -> Plan:
     memory = estimate_memory(config, mesh)
     functions = model_functions(config.model)
     used = math.prod(sizes)
-    share, measured = step_share(config.model, used)
+    share, measured = step_share(config.model, mesh.shape[TENSOR])
     products = product_parameters(functions, config.model)
     operations = operations_per_token(config.model, products, config.context_length)
     rate = share * hardware.product_flops * used

@@ -77,11 +77,11 @@ H100 = Hardware(
     between=Link("InfiniBand", 50e9, 10e-6, 37e-6),
 )
 
-# Share of ``product_flops`` that a whole train step reaches, by mixer, on one device and on a mesh, where the
-# kernels between products do not run yet: 12 layers, width 1024, vocabulary 32,000, rows of 2,048 tokens,
-# 32,768 tokens a step, remat "dots"; eval.speed on one H100, jax 0.11.2, 2026-11-24 and 25. In thousands of
-# tokens a second: ``holo`` 356 with all kernels and 307 without those, without erase 368 and 312, attention
-# 342 and 287, ``seed`` 405 and 189 (all portable).
+# Share of ``product_flops`` that a whole train step reaches, by mixer, with all kernels and without those
+# between products, which a model divided over ``tensor`` does not run: 12 layers, width 1024, vocabulary
+# 32,000, rows of 2,048 tokens, 32,768 tokens a step, remat "dots"; eval.speed on one H100, jax 0.11.2,
+# 2026-11-24 and 25. In thousands of tokens a second: ``holo`` 356 with all kernels and 307 without those,
+# without erase 368 and 312, attention 342 and 287, ``seed`` 405 and 189 (all portable).
 MEASURED_SHARES = {
     "holo": (0.545, 0.470),
     "holo without erase": (0.561, 0.476),
@@ -101,11 +101,11 @@ def measured_form(config: HoloConfig, kind: str) -> tuple[str, bool]:
     return ("holo" if config.erase else "holo without erase"), True
 
 
-def step_share(config: HoloConfig, devices: int = 1) -> tuple[float, bool]:
+def step_share(config: HoloConfig, tensor: int = 1) -> tuple[float, bool]:
     """Expected share of the product rate, the harmonic mean over layers, and whether all were measured.
 
-    On several devices it is still measured on one, with the kernels that a mesh runs.
+    It was measured on one device, with the kernels that run where ``tensor`` devices divide the model.
     """
     forms = [measured_form(config, kind) for kind in config.layer_kinds]
-    seconds = sum(1 / MEASURED_SHARES[name][devices > 1] for name, _ in forms)
+    seconds = sum(1 / MEASURED_SHARES[name][tensor > 1] for name, _ in forms)
     return len(forms) / seconds, all(measured for _, measured in forms)

@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from configs import base
 from holo_jax.model import count_parameters
+from holo_jax.parallel import TENSOR
 from train.model_functions import model_functions
 from train.planning.communication import Exchange, exchanges
 from train.planning.hardware import H100, step_share
@@ -78,7 +79,7 @@ def step(config: RunConfig, sizes: tuple[int, ...]) -> Step:
     products = product_parameters(functions, config.model)
     operations = operations_per_token(config.model, products, config.context_length)
     devices = math.prod(sizes)
-    rate = step_share(config.model, devices)[0] * H100.product_flops * devices
+    rate = step_share(config.model, mesh.shape[TENSOR])[0] * H100.product_flops * devices
     compute = config.tokens_per_step * operations / rate
     return Step(compute, exchanges(config, mesh, H100), count_parameters(functions.shapes))
 
