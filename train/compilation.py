@@ -1,10 +1,10 @@
 """What the compiler is asked for where a step runs on several GPUs: to send while it computes.
 
 The loop over layers finds gradients of one layer a turn and, with ``fsdp``, needs the weights of one. Left
-to its defaults XLA joins the exchanges of a layer: they wait for its last gradient and have only the end of the
-turn to hide behind. Asked to, it moves them into the next turn (weights: into the turn before), where the
-whole of a layer's computation runs beside them. Joined up to ``JOINED`` bytes they are few enough for each to have
-some of it: seven of a layer began one after the other with nothing beside the first four.
+to its defaults XLA joins the exchanges of a layer: they wait for its last gradient and have only the end of
+the turn to hide behind. Asked to, it moves them into the next turn (weights: into the turn before), where
+the whole of a layer's computation runs beside them. Joined up to ``JOINED`` bytes they are few enough for
+each to have some of it: seven of a layer began one after the other with nothing beside the first four.
 
 The compiled schedules of jax 0.11.2 for four H100s say so; ``eval.scaling`` measures both (``overlap``).
 """

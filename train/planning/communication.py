@@ -107,11 +107,12 @@ def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list
 
 
 def _started(model: HoloConfig) -> int:
-    """How many collectives sum the gradients: of each layer as many as its bytes ask for, and those outside."""
+    """How many collectives sum the gradients: a layer's are joined (``train.compilation``), others not."""
     shapes = model_functions(model).shapes
     layered = jax.tree.leaves(shapes["model"]["periods"])
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in layered) / model.num_periods
-    return math.ceil(size / JOINED) * model.num_periods + len(jax.tree.leaves(shapes)) - len(layered)
+    pieces = min(len(layered), math.ceil(size / JOINED))
+    return pieces * model.num_periods + len(jax.tree.leaves(shapes)) - len(layered)
 
 
 def _in_node(axes: tuple[str, ...], sizes: dict[str, int], node: int) -> int:
