@@ -24,8 +24,8 @@ def _reading(results: Results) -> str:
         )
         peak = f"{value.value / 2**20:,.1f}" if value.status == "ok" else value.status
         size = f"{state.value / 2**20:,.2f}" if state else ""
-        rows.append((f"{value.where['tokens']:,}", peak, cell(rate, 0), size))
-    head = ("tokens read", "peak MiB", "tokens/s", "state MiB")
+        rows.append((value.where["model"], f"{value.where['tokens']:,}", peak, cell(rate, 0), size))
+    head = ("model", "tokens read", "peak MiB", "tokens/s", "state MiB")
     return markdown_table(head, rows) if rows else ""
 
 

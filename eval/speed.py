@@ -138,7 +138,6 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     save(reporter)
     size = Size(settings.layers, settings.width, settings.vocab)
     asked = [peers.parse_peer(text) for text in settings.peers if "peers" in settings.parts]
-    asked = [peers.parse_peer(text) for text in settings.peers if "peers" in settings.parts]
     training = "train" in settings.parts
     with (
         peers.started(asked, size, settings.tokens) as others,

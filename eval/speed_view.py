@@ -10,7 +10,8 @@ CAVEATS = (
     "Flash attention needs memory linear in the length, as the phasor memory does: at a fixed number of"
     " tokens a step neither runs out of memory at 32k or later. What separates the curves is operations"
     " (attention's grow with the length of a row) and, when decoding, the cache of keys and values, which"
-    " grows with every token."
+    " grows with every token. A row longer than that makes the step larger: without recomputation either then"
+    " runs out of memory for activations of every token, not for attention's scores."
 )
 
 

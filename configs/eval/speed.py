@@ -3,6 +3,8 @@
 Command:  python -m eval.speed --config=configs/eval/speed.py --out=runs/speed
           the comparison of steps with PyTorch: --config=configs/eval/speed.py:step (4 minutes on 16 cores);
           with the linear models of fla: --config=configs/eval/speed.py:linear
+          every model against length, 2k to 256k tokens a row: --config=configs/eval/speed.py:lengths
+          memory op, mixer and inference, without steps: --config=configs/eval/speed.py:alone
           one part: --config.parts="('train',)"; a few programs: --config.train="('holo@2048 remat=dots',)"
 Hardware: one NVIDIA H100 or H200 (kernels of the extra ``kernels`` on Hopper); :quick runs on a CPU.
 Peers:    PyTorch (and fla) where they are installed in the same environment; else recorded as unavailable.
@@ -36,6 +38,17 @@ _LEAST = (
     "holo@16384 remat=full chunk=8192 loss=4096",
     "holo@65536 remat=full chunk=8192 loss=4096",
     "holo@262144 remat=full chunk=8192 loss=4096",
+)
+# Every other model at the same lengths; those with a state in pieces where a row is longest.
+_OTHERS = (
+    "seed@65536 remat=full",
+    "dual@65536 remat=full",
+    "ssm@65536 remat=full",
+    "attention@65536 remat=full",
+    "seed@262144 remat=full chunk=8192 loss=4096",
+    "dual@262144 remat=full chunk=8192 loss=4096",
+    "ssm@262144 remat=full chunk=8192 loss=4096",
+    "attention@262144 remat=full",
 )
 _FULL = dict(
     parts=("peers", "memory_op", "mixer", "train", "inference"),
@@ -117,6 +130,27 @@ _VARIANTS = {
         copy_bytes=2**30,
         workers=12,
     ),
+    # Every model and the PyTorch peers by length.
+    "lengths": dict(
+        parts=("peers", "train"),
+        train=(
+            *_MAIN,
+            "dual@2048 remat=dots loss=4096",
+            "ssm@2048 remat=dots loss=4096",
+            "dual@16384 remat=dots loss=4096",
+            "ssm@16384 remat=dots loss=4096",
+        ),
+        train_long=(*_LONG[1:3], *_LONG[4:], *_LEAST, *_OTHERS),
+        profile=(),
+        # The longest first: they need the device before our programs have taken of it.
+        peers=tuple(
+            f"{name}@{length}" for length in (262_144, 65_536, 2048, 16_384) for name in ("llama", "seed")
+        ),
+        train_samples=4,  # attention takes many seconds a step at the longest
+        copy_bytes=2**30,
+        workers=12,
+    ),
+    "alone": dict(parts=("memory_op", "mixer", "inference"), peers=(), copy_bytes=2**30, workers=12),
     "quick": dict(
         parts=("memory_op", "mixer", "train"),
         layers=2,

@@ -62,6 +62,22 @@ def test_variants_are_parsed_and_refused():
             parse_variant(text)
 
 
+@pytest.mark.parametrize("variant", ["step", "linear", "lengths", "alone"])
+def test_every_variant_is_valid(variant):
+    freeze(speed.Settings, load_config("speed", variant))
+
+
+def test_every_model_is_timed_at_every_length():
+    """The curves over length: each of our models, and a peer, from 2k to 256k tokens a row."""
+    lengths = freeze(speed.Settings, load_config("speed", "lengths"))
+    ours = [parse_variant(text) for text in (*lengths.train, *lengths.train_long)]
+    found = {(one.model, one.length) for one in ours}
+    models = ("holo", "holo_sum", "seed", "dual", "attention", "ssm")
+    asked = {(model, length) for model in models for length in (2048, 16_384, 65_536, 262_144)}
+    assert asked <= found
+    assert {peers.parse_peer(text).length for text in lengths.peers} == {length for _, length in asked}
+
+
 def test_every_full_setting_is_valid():
     full = freeze(speed.Settings, load_config("speed", "full"))
     assert set(full.profile) <= set(full.train)
@@ -163,6 +179,11 @@ def test_peers_without_pytorch_are_unavailable():
     for text in ("llama", "llama@0", "mamba@2048"):
         with pytest.raises(ValueError, match="it must look like llama@2048"):
             peers.parse_peer(text)
+
+
+def test_rows_longer_than_a_step_warm_up_alone(tmp_path):
+    locks = [tmp_path / "a", tmp_path / "b"]
+    assert peers._held(locks, 3, longer=False) == locks[1:] and peers._held(locks, 2, longer=True) == locks
 
 
 def test_answers_of_peers_become_values_and_curves(monkeypatch):

@@ -78,7 +78,7 @@ class Peer:
             "batch": self.batch,
             **dataclasses.asdict(size),
             "compiled": compiled,
-            "lock": str(locks[number % len(locks)]),
+            "locks": [str(lock) for lock in _held(locks, number, longer=asked.length > tokens)],
         }
         self._process = _start(request)
 
@@ -172,6 +172,14 @@ def started(asked: Sequence[Asked], size: Size, tokens: int) -> Iterator[list[Pe
         finally:
             for peer in peers:
                 peer.close()
+
+
+def _held(locks: Sequence[Path], number: int, *, longer: bool) -> Sequence[Path]:
+    """The locks under which a peer warms up: one, or all if its row is longer than a step's tokens.
+
+    Such a row may fit the device only alone, and would take from others what they need before it fails.
+    """
+    return locks if longer else [locks[number % len(locks)]]
 
 
 def _start(request: dict[str, Any]) -> subprocess.Popen:

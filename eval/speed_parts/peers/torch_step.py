@@ -2,7 +2,7 @@
 
     python -m eval.speed_parts.peers.torch_step '{"model": "llama", "length": 2048, ...}'
 
-compiles and warms up under the lock ``lock`` and prints "ready"; for each line on standard input, such as
+compiles and warms up under the locks ``locks`` and prints "ready"; for each line on standard input, such as
 ``{"samples": 3, "seconds": 0.1}``, it trains on and prints one JSON object. Products run in bfloat16 by
 autocast over float32 parameters, as in ours.
 """
@@ -12,6 +12,7 @@ import fcntl
 import json
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class Training:
         width: int,
         vocab: int,
         compiled: str,
-        lock: str = "/dev/null",
+        locks: Sequence[str] = (),
     ) -> None:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         torch.manual_seed(0)
@@ -77,8 +78,10 @@ class Training:
         self._step = make_step(self._net, self._device, compiled)
         self._inputs = [torch.randint(0, vocab, (batch, length), device=self._device) for _ in range(4)]
         self._backend = _ATTENTION.get(model) if self._device == "cuda" else None
-        with open(lock) as held, self._attention():
-            fcntl.flock(held, fcntl.LOCK_EX)
+        with contextlib.ExitStack() as stack:
+            for lock in locks:  # in one order everywhere, so that none waits for another in a circle
+                fcntl.flock(stack.enter_context(open(lock)), fcntl.LOCK_EX)
+            stack.enter_context(self._attention())
             start = time.perf_counter()
             self._step(self._inputs[0])
             self._wait()
