@@ -197,28 +197,45 @@ def retrieval_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
     return measured, wanted, inputs
 
 
-def features_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
-    """Features of convolved phases, in packed rows of an odd length, with columns beyond the phases."""
+def features_case(rng: np.random.Generator, *, gated: bool = False) -> tuple[Callable, Callable, dict]:
+    """Features of convolved phases and two gates a head, in packed rows of an odd length."""
     heads, m, taps, time = 2, 32, 4, 157
-    inputs = {"raw": 3 * rng.normal(size=(2, time, heads * m + 8))}
+    inputs = {"raw": 3 * rng.normal(size=(2, time, heads * m + 2 * heads))}
     inputs["taps"] = rng.normal(size=(2, taps, heads * m))
+    inputs["bias"] = rng.normal(size=(2, heads))
     inside = np.stack([np.arange(time) % 37, np.arange(time) % 111]).astype(np.uint32)
     cotangents = [_rounded(rng.normal(size=(2, time, heads, 2 * m))) for _ in range(2)]
+    cotangents += [rng.normal(size=(2, heads, time)) for _ in range(2)]
 
     def measured(p: dict) -> Any:
-        found = block.convolved_features(
-            p["raw"], p["taps"], jnp.asarray(inside, jnp.int32), m=m, dtype=jnp.bfloat16
+        keys, queries, gates = block.convolved_features(
+            p["raw"],
+            p["taps"],
+            p["bias"],
+            jnp.asarray(inside, jnp.int32),
+            m=m,
+            dtype=jnp.bfloat16,
+            gated=gated,
         )
-        return _weighted(found, cotangents), jnp.stack(found)
+        return _weighted((keys, queries, *gates), cotangents), _flat(keys, queries, *gates)
 
     def wanted(p: dict) -> Any:
-        past = with_tail(p["raw"][..., : heads * m], taps - 1)
-        phases = short_convolutions(past, tuple(p["taps"]), jnp.asarray(inside))
-        shaped = [x.reshape(2, time, heads, m) for x in phases]
-        found = [jnp.concatenate([jnp.cos(x), jnp.sin(x)], axis=-1) / np.sqrt(m) for x in shaped]
-        return _weighted(found, cotangents), jnp.stack(found)
+        phases, *raw_gates = jnp.split(p["raw"], (heads * m, heads * m + heads), axis=-1)
+        past = with_tail(phases, taps - 1)
+        convolved = short_convolutions(past, tuple(p["taps"]), jnp.asarray(inside))
+        shaped = [x.reshape(2, time, heads, m) for x in convolved]
+        keys, queries = (jnp.concatenate([jnp.cos(x), jnp.sin(x)], axis=-1) / np.sqrt(m) for x in shaped)
+        gates = [jax.nn.sigmoid(x + bias[None, None]) for x, bias in zip(raw_gates, p["bias"], strict=True)]
+        keys = gates[0][..., None] * keys if gated else keys
+        found = (keys, queries, *(jnp.swapaxes(gate, 1, 2) for gate in gates))
+        return _weighted(found, cotangents), _flat(*found)
 
     return measured, wanted, inputs
+
+
+def gated_features_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
+    """The same with the write gate in the keys, as the plain sum takes them."""
+    return features_case(rng, gated=True)
 
 
 def cases() -> dict[str, Callable]:
@@ -231,7 +248,8 @@ def cases() -> dict[str, Callable]:
         if swiglu_runs(rows, jax.ShapeDtypeStruct((_WIDTH, _HIDDEN), jnp.float32), "auto"):
             found["normed denoiser"] = normed_denoiser_case
     if block.mixer_unsupported(rows, 32, 64) is None:
-        found |= {"retrieval": retrieval_case, "features": features_case, "factors": factors_case}
+        found |= {"retrieval": retrieval_case, "factors": factors_case}
+        found |= {"features": features_case, "gated features": gated_features_case}
     return found
 
 
@@ -265,6 +283,10 @@ def run(reporter: Reporter, *, seed: int) -> bool:
 def _weighted(results: Any, cotangents: Any) -> Any:
     wide = jnp.result_type(float)
     return sum(jnp.sum(x.astype(wide) * c) for x, c in zip(results, cotangents, strict=True))
+
+
+def _flat(*results: Any) -> Any:
+    return jnp.concatenate([x.astype(jnp.result_type(float)).reshape(-1) for x in results])
 
 
 def _named(found: Any) -> dict[str, np.ndarray]:

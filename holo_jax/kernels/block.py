@@ -375,20 +375,28 @@ _normed_gelu.defvjp(_normed_gelu_forward, _normed_gelu_backward)
 def convolved_features(
     raw: Float[Array, "b t w"],
     taps: Float[Array, "2 k f"],
+    bias: Float[Array, "g h"],
     inside: Int[Array, "b t"] | None,
     *,
     m: int,
     dtype: Any,
+    gated: bool = False,
     walk: Walk | None = None,
-) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h c"]]:
-    """Features ``[cos, sin] / sqrt(m)`` of two causal convolutions of the raw phases, ``c = 2 m``.
+) -> tuple[Float[Array, "b t h c"], Float[Array, "b t h c"], tuple[Float[Array, "b h t"], ...]]:
+    """Features of keys and queries, and gates, from one product of the input.
+
+    Features are ``[cos, sin] / sqrt(m)`` of two causal convolutions of the raw phases, ``c = 2 m``; gates are
+    sigmoids of the columns behind the phases. ``gated`` multiplies the features of a key by its first gate,
+    which then is rounded together with them.
 
     Args:
-      raw: float32 raw phases; columns beyond the taps' are not read.
+      raw: float32 raw phases, then g raw gates a head: ``w = f + g h``, gates of one kind side by side.
       taps: float32 of the write and of the read convolution.
+      bias: float32, added to the raw gates.
       inside: positions inside segments, ``[b or 1, t]``; None where every row is one segment.
       m: phasors of a head.
-      dtype: of the features; the gradient of the phases is rounded to it.
+      dtype: of the features; the gradient of ``raw`` is rounded to it. Gates are float32.
+      gated: whether the first gate is folded into the keys.
       walk: shape of a program; chosen if None.
     """
     b, t, _ = raw.shape
@@ -396,26 +404,29 @@ def convolved_features(
         # The interpreter compiles every position of a run on its own.
         walk = Walk(m, taps.shape[1], rows=max(1, 256 // m))
         walk = walk._replace(rows=2, steps=2, interpret=True) if _interpreted() else walk
-    found = _convolved_features((walk, jnp.dtype(dtype)), raw, taps, inside)
-    return tuple(x.reshape(b, t, -1, 2 * m) for x in found)  # type: ignore[return-value]
+    static = walk._replace(gated=gated), jnp.dtype(dtype)
+    *found, gates = _convolved_features(static, raw, taps, bias, inside)
+    keys, queries = (x.reshape(b, t, -1, 2 * m) for x in found)
+    return keys, queries, gates
 
 
 def _convolved_features_run(
-    static: Any, raw: Array, taps: Array, inside: Array | None
-) -> tuple[Array, Array]:
+    static: Any, raw: Array, taps: Array, bias: Array, inside: Array | None
+) -> tuple[Array, Array, tuple[Array, ...]]:
     walk, dtype = static
-    return triton_phases.forward(walk, raw, taps, inside, dtype)
+    return triton_phases.forward(walk, raw, taps, bias, inside, dtype)
 
 
-def _convolved_features_forward(static: Any, raw: Array, taps: Array, inside: Array | None) -> Any:
-    return _convolved_features_run(static, raw, taps, inside), (raw, taps, inside)
+def _convolved_features_forward(
+    static: Any, raw: Array, taps: Array, bias: Array, inside: Array | None
+) -> Any:
+    return _convolved_features_run(static, raw, taps, bias, inside), (raw, taps, bias, inside)
 
 
 def _convolved_features_backward(static: Any, saved: Any, cotangents: Any) -> Any:
-    raw, taps, inside = saved
-    d_raw, d_taps = triton_phases.backward(static[0], raw, taps, inside, *cotangents)
-    beyond = raw.shape[-1] - d_raw.shape[-1]
-    return jnp.pad(d_raw.astype(raw.dtype), ((0, 0), (0, 0), (0, beyond))), d_taps, None
+    raw, taps, bias, inside = saved
+    d_raw, d_taps, d_bias = triton_phases.backward(static[0], raw, taps, bias, inside, *cotangents)
+    return d_raw.astype(raw.dtype), d_taps, d_bias, None
 
 
 _convolved_features = _op(_convolved_features_run)

@@ -103,11 +103,15 @@ def accumulate_features(
     rule: str = "deltanet",
     implementation: str = "mosaic_gpu",
     scaled: Callable[[Array, Array], Array] | None = None,
+    gated: bool = False,
 ) -> tuple[Array, MemoryState]:
     """``accumulate`` given the features ``[b, t, h, 2 m]`` of its phases, which are not read themselves.
 
     Outputs have the dtype of the values. ``scaled`` multiplies values by a factor a head; plain JAX if None.
+    ``gated`` says that the keys are multiplied by the write gates already, so that values are not: the sum's
+    terms ``phi (g v)^T`` and ``(g phi) v^T`` are the same. The delta rule needs keys of norm 1.
     """
+    assert not (gated and call.erase is not None)
     scaled = scaled or _scaled
     from jla.ops import linear_attention
 
@@ -120,7 +124,7 @@ def accumulate_features(
         options["initial_state"] = jnp.concatenate([held.real, held.imag], axis=-2)
     gates = jnp.ones((b, t, h), jnp.float32) if call.gates is None else call.gates.astype(jnp.float32)
     if call.erase is None:
-        values = call.values if call.gates is None else scaled(call.values, gates)
+        values = call.values if gated or call.gates is None else scaled(call.values, gates)
         outputs, state = _sum(queries, keys, values, implementation, options)
     elif rule == "gdn2":
         outputs, state = linear_attention(

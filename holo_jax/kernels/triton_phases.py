@@ -1,8 +1,9 @@
-"""Kernels from raw phases to the features of keys: two short convolutions, sine and cosine, in one pass.
+"""Kernels from raw phases and gates to features of keys: two short convolutions, sine and cosine, in one pass.
 
 A program owns one head of one row and walks a stretch of time in tiles of ``rows`` runs of ``steps``
 positions. A run is walked position by position with the last few phases in registers, so a convolution costs
-no further reads but a few positions at the border of a run (Pallas, lowered to Triton).
+no further reads but a few positions at the border of a run. The gates of a head stand in columns of their own
+behind all phases; the first of them, the write gate, may multiply the keys (Pallas, lowered to Triton).
 """
 
 import math
@@ -26,6 +27,7 @@ class Walk(NamedTuple):
       rows: runs of a tile.
       steps: positions of a run.
       tiles: tiles of a program.
+      gated: whether the first gate multiplies the features of write phases.
       interpret: run in Pallas' interpreter, anywhere.
     """
 
@@ -34,6 +36,7 @@ class Walk(NamedTuple):
     rows: int = 8
     steps: int = 16
     tiles: int = 2
+    gated: bool = False
     interpret: bool = False
 
 
@@ -42,9 +45,9 @@ class _Place:
 
     def __init__(self, walk: Walk, time: int, inside: Any) -> None:
         self.walk, self.time, self.inside = walk, time, inside
-        self.row, self.piece = pl.program_id(2), pl.program_id(1)
-        self.columns = pl.program_id(0) * walk.m + jax.lax.iota(jnp.int32, walk.m)
-        self.cosines = pl.program_id(0) * (2 * walk.m) + jax.lax.iota(jnp.int32, walk.m)
+        self.row, self.piece, self.head = pl.program_id(2), pl.program_id(1), pl.program_id(0)
+        self.columns = self.head * walk.m + jax.lax.iota(jnp.int32, walk.m)
+        self.cosines = self.head * (2 * walk.m) + jax.lax.iota(jnp.int32, walk.m)
         self.slots = jax.lax.iota(jnp.int32, walk.rows) * walk.steps
 
     def start(self, tile: Array) -> Array:
@@ -68,6 +71,26 @@ class _Place:
         """Stores ``[rows, m]`` in the dtype of the array."""
         view, here = self._view(ref, times, columns)
         plgpu.store(view, x.astype(ref.dtype), mask=here)
+
+    def load_column(self, ref: Any, times: Array, column: Array) -> Array:
+        """``[rows]`` of one column, 0 outside of the row."""
+        here = (times >= 0) & (times < self.time)
+        return plgpu.load(ref.at[self.row, times, column], mask=here, other=0.0).astype(jnp.float32)
+
+    def store_column(self, ref: Any, times: Array, column: Array, x: Array) -> None:
+        """Stores ``[rows]`` in one column."""
+        here = (times >= 0) & (times < self.time)
+        plgpu.store(ref.at[self.row, times, column], x.astype(ref.dtype), mask=here)
+
+    def load_gate(self, ref: Any, times: Array) -> Array:
+        """``[rows]`` of the head of ``[b, h, t]``, 0 outside of the row."""
+        here = (times >= 0) & (times < self.time)
+        return plgpu.load(ref.at[self.row, self.head, times], mask=here, other=0.0)
+
+    def store_gate(self, ref: Any, times: Array, x: Array) -> None:
+        """Stores ``[rows]`` in the head of ``[b, h, t]``."""
+        here = (times >= 0) & (times < self.time)
+        plgpu.store(ref.at[self.row, self.head, times], x, mask=here)
 
     def reach(self, times: Array) -> Array | None:
         """Positions inside their segments, ``[rows, 1]``; None where every row is one segment."""
@@ -96,25 +119,43 @@ def _weights(place: _Place, taps: Any) -> list[list[Array]]:
     return [[load(which, delay) for delay in range(k)] for which in (0, 1)]
 
 
-def forward(walk: Walk, raw: Array, taps: Array, inside: Array | None, dtype: Any) -> tuple[Array, Array]:
-    """Features of write and read phases, ``[b, t, 2 w]`` in ``dtype``, heads side by side.
+class _Gates:
+    """The gates of a program's head: sigmoids of the columns behind the phases, with a bias a head."""
+
+    def __init__(self, place: _Place, raw: Any, bias: Any) -> None:
+        count, heads = bias.shape
+        self.place, self.raw = place, raw
+        self.columns = [heads * place.walk.m + kind * heads + place.head for kind in range(count)]
+        self.bias = [bias[kind, place.head] for kind in range(count)]
+
+    def at(self, times: Array, kind: int) -> Array:
+        """``[rows]``."""
+        return jax.nn.sigmoid(self.place.load_column(self.raw, times, self.columns[kind]) + self.bias[kind])
+
+
+def forward(
+    walk: Walk, raw: Array, taps: Array, bias: Array, inside: Array | None, dtype: Any
+) -> tuple[Array, Array, tuple[Array, ...]]:
+    """Features of write and read phases, ``[b, t, 2 w]`` in ``dtype``, heads side by side; gates ``[b, h, t]``.
 
     Args:
       walk: shape of a program.
-      raw: float32 raw phases ``[b, t, w or more]``; columns from w on are not read.
+      raw: float32 ``[b, t, w + g h]``: raw phases, then g raw gates a head, those of one kind side by side.
       taps: float32 ``[2, k, w]`` of the write and the read convolution.
+      bias: float32 ``[g, h]``, added to the raw gates.
       inside: int32 positions inside segments, ``[b or 1, t]``; None where every row is one segment.
-      dtype: of the results.
+      dtype: of the features; gates are float32.
     """
     b, t, _ = raw.shape
-    width = taps.shape[-1]
+    width, (count, heads) = taps.shape[-1], bias.shape
     scale = 1.0 / math.sqrt(walk.m)
     k = walk.taps
-    inputs = {"raw": raw, "taps": taps} | ({} if inside is None else {"inside": inside})
+    inputs = {"raw": raw, "taps": taps, "bias": bias} | ({} if inside is None else {"inside": inside})
 
     def kernel(ins: dict[str, Any], outs: dict[str, Any]) -> None:
         place = _Place(walk, t, ins.get("inside"))
         weights = _weights(place, ins["taps"])
+        gates = _Gates(place, ins["raw"], ins["bias"])
 
         def tile(index: Array, _: None) -> None:
             start = place.start(index)
@@ -124,52 +165,67 @@ def forward(walk: Walk, raw: Array, taps: Array, inside: Array | None, dtype: An
                 seen.append(place.load(ins["raw"], times, place.columns))
                 reach = place.reach(times)
                 shifted = [_within(reach, delay, seen[-1 - delay]) for delay in range(k)]
-                for own, out in zip(weights, (outs["keys"], outs["queries"]), strict=True):
+                opened = [gates.at(times, kind) for kind in range(count)]
+                for kind, gate in enumerate(opened):
+                    place.store_gate(outs["gates"][kind], times, gate)
+                scales = (scale * opened[0][:, None] if walk.gated else scale, scale)
+                for own, size, out in zip(weights, scales, (outs["keys"], outs["queries"]), strict=True):
                     phase = _convolved(own, shifted)
                     sine, cosine = sin_cos(phase, not walk.interpret)
-                    place.store(out, times, place.cosines, scale * cosine)
-                    place.store(out, times, place.cosines + walk.m, scale * sine)
+                    place.store(out, times, place.cosines, size * cosine)
+                    place.store(out, times, place.cosines + walk.m, size * sine)
 
         jax.lax.fori_loop(0, walk.tiles, tile, None)
 
     shape = jax.ShapeDtypeStruct((b, t, 2 * width), dtype)
+    gate = jax.ShapeDtypeStruct((b, heads, t), jnp.float32)
     found = pl.pallas_call(
         kernel,
-        out_shape={"keys": shape, "queries": shape},
+        out_shape={"keys": shape, "queries": shape, "gates": (gate,) * count},
         grid=_grid(walk, b, t, width),
         compiler_params=_parameters(walk),
         interpret=walk.interpret,
         name="phase_features_forward",
     )(inputs)
-    return found["keys"], found["queries"]
+    return found["keys"], found["queries"], tuple(found["gates"])
 
 
 def backward(
-    walk: Walk, raw: Array, taps: Array, inside: Array | None, d_keys: Array, d_queries: Array
-) -> tuple[Array, Array]:
-    """(gradient of the raw phases ``[b, t, w]`` in the dtype of ``d_keys``, float32 one of the taps)."""
+    walk: Walk,
+    raw: Array,
+    taps: Array,
+    bias: Array,
+    inside: Array | None,
+    d_keys: Array,
+    d_queries: Array,
+    d_gates: tuple[Array, ...],
+) -> tuple[Array, Array, Array]:
+    """Gradients of ``raw`` in the dtype of ``d_keys``, and of ``taps`` and ``bias`` in float32."""
     b, t, _ = raw.shape
-    width = taps.shape[-1]
+    width, (count, heads) = taps.shape[-1], bias.shape
     scale = 1.0 / math.sqrt(walk.m)
     k = walk.taps
     grid = _grid(walk, b, t, width)
-    inputs = {"raw": raw, "taps": taps, "d_features": (d_keys, d_queries)}
+    inputs = {"raw": raw, "taps": taps, "bias": bias, "d_features": (d_keys, d_queries), "d_gates": d_gates}
     inputs |= {} if inside is None else {"inside": inside}
 
     def kernel(ins: dict[str, Any], outs: dict[str, Any]) -> None:
         place = _Place(walk, t, ins.get("inside"))
         weights = _weights(place, ins["taps"])
+        gates = _Gates(place, ins["raw"], ins["bias"])
         zero = jnp.zeros((walk.rows, walk.m), jnp.float32)
 
-        def tile(index: Array, before: tuple[Array, ...]) -> tuple[Array, ...]:
-            start, sums = place.start(index), list(before)
+        def tile(index: Array, before: Any) -> Any:
+            start, (sums, biases) = place.start(index), map(list, before)
             seen = [place.load(ins["raw"], start - delay, place.columns) for delay in range(k - 1, 0, -1)]
             open_: list[Array] = []  # gradients of the last k - 1 positions, which later ones add to
             for step in range(walk.steps + k - 1):
-                times = start + step
+                times, own_step = start + step, step < walk.steps
                 seen.append(place.load(ins["raw"], times, place.columns))
                 reach = place.reach(times)
                 shifted = [_within(reach, delay, seen[-1 - delay]) for delay in range(k)]
+                opened = [gates.at(times, kind) for kind in range(count if own_step else int(walk.gated))]
+                d_opened = [place.load_gate(ref, times) for ref in ins["d_gates"]] if own_step else []
                 open_.append(zero)
                 for which, (own, source) in enumerate(zip(weights, ins["d_features"], strict=True)):
                     phase = _convolved(own, shifted)
@@ -177,33 +233,49 @@ def backward(
                     d_cosine = place.load(source, times, place.cosines)
                     d_sine = place.load(source, times, place.cosines + walk.m)
                     pull = scale * (cosine * d_sine - sine * d_cosine)
-                    if step < walk.steps:
+                    if walk.gated and which == 0:
+                        pull = opened[0][:, None] * pull
+                        if own_step:
+                            along = jnp.sum(cosine * d_cosine + sine * d_sine, axis=1)
+                            d_opened[0] = d_opened[0] + scale * along
+                    if own_step:
                         for delay in range(k):
                             at = which * k + k - 1 - delay
                             sums[at] = sums[at] + shifted[delay] * pull
                     for delay in range(min(k, len(open_))):
                         open_[-1 - delay] = open_[-1 - delay] + _within(reach, delay, own[delay] * pull)
+                if own_step:
+                    for kind, (gate, d_gate) in enumerate(zip(opened, d_opened, strict=True)):
+                        # 0 outside of the row, where both parts of the gradient are.
+                        d_raw = d_gate * gate * (1.0 - gate)
+                        place.store_column(outs["d_raw"], times, gates.columns[kind], d_raw)
+                        biases[kind] = biases[kind] + d_raw
                 if step >= k - 1:
                     place.store(outs["d_raw"], times - (k - 1), place.columns, open_[step - (k - 1)])
-            return tuple(sums)
+            return tuple(sums), tuple(biases)
 
-        sums = jax.lax.fori_loop(0, walk.tiles, tile, (zero,) * (2 * k))
+        none = (zero,) * (2 * k), (jnp.zeros((walk.rows,), jnp.float32),) * count
+        sums, biases = jax.lax.fori_loop(0, walk.tiles, tile, none)
         for at, total in enumerate(sums):
-            view = outs["d_taps"].at[place.row, place.piece, at, place.columns]
+            view = outs["sums"].at[place.row, place.piece, at * width + place.columns]
             plgpu.store(view, jnp.sum(total, axis=0))
+        for kind, total in enumerate(biases):
+            view = outs["sums"].at[place.row, place.piece, 2 * k * width + kind * heads + place.head]
+            plgpu.store(view, jnp.sum(total))
 
     found = pl.pallas_call(
         kernel,
         out_shape={
-            "d_raw": jax.ShapeDtypeStruct((b, t, width), d_keys.dtype),
-            "d_taps": jax.ShapeDtypeStruct((b, grid[1], 2 * k, width), jnp.float32),
+            "d_raw": jax.ShapeDtypeStruct(raw.shape, d_keys.dtype),
+            "sums": jax.ShapeDtypeStruct((b, grid[1], 2 * k * width + count * heads), jnp.float32),
         },
         grid=grid,
         compiler_params=_parameters(walk),
         interpret=walk.interpret,
         name="phase_features_backward",
     )(inputs)
-    return found["d_raw"], jnp.sum(found["d_taps"], axis=(0, 1)).reshape(2, k, width)
+    d_taps, d_bias = jnp.split(jnp.sum(found["sums"], axis=(0, 1)), (2 * k * width,))
+    return found["d_raw"], d_taps.reshape(taps.shape), d_bias.reshape(bias.shape)
 
 
 def _grid(walk: Walk, b: int, t: int, width: int) -> tuple[int, int, int]:

@@ -108,13 +108,19 @@ def _mix(mixer: MemoryMixer, context: Context, values: Array, gate: Array, raw: 
     h, m = config.num_heads, config.key_dim
     taps = config.phase_scale * jnp.stack([mixer.write_taps[...], mixer.read_taps[...]])
     inside = None if context.segment_ids is None else context.inside.astype(jnp.int32)
-    keys, queries = kernels.block.convolved_features(raw, taps, inside, m=m, dtype=values.dtype)
-    gates = _gates(mixer.write, raw, h * m)
-    erase = gates * _gates(mixer.erase, raw, h * m + h) if config.erase else None
-    call = _call(mixer, values, context)._replace(
-        values=values.reshape(b, t, h, -1), gates=gates, erase=erase
+    bias = jnp.stack([_bias(mixer.write), _bias(mixer.erase)] if config.erase else [_bias(mixer.write)])
+    # A sum takes its write gates in the keys: a pass over the values less each way. The delta rule cannot.
+    folded = not config.erase
+    keys, queries, opened = kernels.block.convolved_features(
+        raw, taps, bias, inside, m=m, dtype=values.dtype, gated=folded
     )
-    retrieved, _ = hopper.accumulate_features(keys, queries, call, scaled=kernels.block.scaled_heads)
+    gates, *rest = (jnp.swapaxes(gate, 1, 2) for gate in opened)
+    call = _call(mixer, values, context)._replace(
+        values=values.reshape(b, t, h, -1), gates=gates, erase=gates * rest[0] if rest else None
+    )
+    retrieved, _ = hopper.accumulate_features(
+        keys, queries, call, scaled=kernels.block.scaled_heads, gated=folded
+    )
     factors = None
     if config.read_scale == "sqrt_writes":
         factors = 1.0 / retrieval_scale(config.read_scale, gates, segment_ids=context.segment_ids)
@@ -123,7 +129,6 @@ def _mix(mixer: MemoryMixer, context: Context, values: Array, gate: Array, raw: 
     )
 
 
-def _gates(linear: Linear, raw: Array, column: int) -> Array:
+def _bias(linear: Linear) -> Array:
     assert linear.bias is not None
-    bias = linear.bias[...]
-    return jax.nn.sigmoid(raw[..., column : column + bias.shape[0]] + bias.astype(raw.dtype)[None, None])
+    return linear.bias[...].astype(jnp.float32)

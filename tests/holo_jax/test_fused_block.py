@@ -37,11 +37,13 @@ def interpreted(monkeypatch):
 
     monkeypatch.setattr(kernels, "choose", choose)
 
-    def accumulate_features(keys, queries, call, *, scaled):
+    def accumulate_features(keys, queries, call, *, scaled, gated):
+        assert gated is (call.erase is None)
         calls.append(keys.shape)
         m = keys.shape[-1] // 2
         phases = (jnp.arctan2(x[..., m:], x[..., :m]) for x in (keys, queries))
-        return accumulate(*phases, call.values, call.gates, call.erase, **options(call))
+        gates = jnp.linalg.norm(keys, axis=-1) if gated else call.gates
+        return accumulate(*phases, call.values, gates, call.erase, **options(call))
 
     def options(call):
         return dict(binding="outer", segment_ids=call.segment_ids, method=call.method)
@@ -57,12 +59,20 @@ def test_the_gate_passes_in_the_interpreter(interpreted, monkeypatch):
     monkeypatch.setattr(block_gate, "_WIDTH", 128)
     elsewhere = ("denoiser", "loss", "normed denoiser")  # of kernels that are not interpreted here
     names = [name for name in block_gate.cases() if name not in elsewhere]
-    assert names == ["norm", "centered norm", "normed gelu", "retrieval", "features", "factors"]
+    assert names == [
+        "norm",
+        "centered norm",
+        "normed gelu",
+        "retrieval",
+        "factors",
+        "features",
+        "gated features",
+    ]
     found = block_gate.cases()
     monkeypatch.setattr(block_gate, "cases", lambda: {name: found[name] for name in names})
     reporter = Reporter("speed", Settings(), (0,), out=None, command="")
     assert block_gate.run(reporter, seed=0)
-    assert len(reporter.values) == 6 + 7 + 8 + 6 + 3 + 3
+    assert len(reporter.values) == 6 + 7 + 8 + 6 + 3 + 4 + 4
 
 
 @pytest.mark.parametrize("changes", [dict(erase=False), dict(preset="seed")])
