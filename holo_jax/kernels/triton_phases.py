@@ -1,4 +1,4 @@
-"""Kernels from raw phases and gates to features of keys: two short convolutions, sine and cosine, in one pass.
+"""Kernels from raw phases and gates to features: two short convolutions, sine and cosine, in one pass.
 
 A program owns one head of one row and walks a stretch of time in tiles of ``rows`` runs of ``steps``
 positions. A run is walked position by position with the last few phases in registers, so a convolution costs
@@ -136,7 +136,7 @@ class _Gates:
 def forward(
     walk: Walk, raw: Array, taps: Array, bias: Array, inside: Array | None, dtype: Any
 ) -> tuple[Array, Array, tuple[Array, ...]]:
-    """Features of write and read phases, ``[b, t, 2 w]`` in ``dtype``, heads side by side; gates ``[b, h, t]``.
+    """Features of write and read phases, ``[b, t, 2 w]``, heads side by side, and gates ``[b, h, t]``.
 
     Args:
       walk: shape of a program.
