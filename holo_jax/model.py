@@ -263,7 +263,8 @@ class HoloModel(nnx.Module):
         def body(period: Period, own_turns: Array | None, carried: tuple[Array, Array | None]) -> Any:
             return period(*carried, context, own_turns, None)[:2]
 
-        run = _remat(body, config.remat, looped=False)
+        # Traced once, not once a period.
+        run = jax.jit(_remat(body, config.remat, looped=False))
         pending = None
         for period, own_turns in _parts((self.periods, turns)):
             x, pending = run(period, own_turns, (x, pending))

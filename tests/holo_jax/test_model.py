@@ -138,9 +138,30 @@ def test_initialisation_and_rematerialisation() -> None:
     down = 1 / (base.mlp_dim * 16) ** 0.5
     np.testing.assert_allclose(block["mlp"]["down"]["weight"][...].std(), down, rtol=0.05)
     np.testing.assert_allclose(block["mixer"]["values"]["weight"][...].std(), 1 / 8, rtol=0.05)
-    for changes in (dict(remat="full", scan_unroll=2), dict(remat="dots")):
+    for changes in (
+        dict(remat="full", scan_unroll=2),
+        dict(remat="dots"),
+    ):
         ours = jax.jit(value_and_gradient, static_argnums=0)(base.replace(**changes), params)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, expected)
+
+
+@pytest.mark.parametrize("name, remat", [("holo", "dots"), ("hybrid", "none")])
+def test_periods_apart_compute_what_their_scan_does(name: str, remat: str) -> None:
+    """Unrolled whole, blocks take parts of the stacked parameters: the same loss and gradient."""
+    ids = tokens(9)
+    layers = 2 * len(variant_config(name).layer_kinds)
+    scanned = variant_config(name, num_hidden_layers=layers, scan_unroll=1, remat="none")
+    params = jax.jit(lambda: nnx.state(HoloForCausalLM(scanned, rngs=nnx.Rngs(0)), nnx.Param))()
+
+    def value_and_gradient(config: HoloConfig) -> tuple[jax.Array, nnx.State]:
+        graphdef, _ = nnx.split(nnx.eval_shape(lambda: HoloForCausalLM(config, rngs=nnx.Rngs(0))), nnx.Param)
+        loss = jax.value_and_grad(lambda p: nnx.merge(graphdef, p)(ids, labels=ids).loss)
+        return jax.jit(loss)(params)
+
+    expected = value_and_gradient(scanned)
+    ours = value_and_gradient(scanned.replace(scan_unroll=2, remat=remat))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), ours, expected)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
