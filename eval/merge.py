@@ -1,8 +1,9 @@
 """Joins results of one evaluation whose models were run apart: ``python -m eval.merge RUN... --out=DIR``.
 
 The runs must have the same evaluation, device, versions and settings, but for which models were selected
-(also in a section of the settings) or which checkpoint was read; no number may appear twice with different
-values. The joined file names every command and commit.
+(also in a section of the settings), models that only one run knew, which checkpoint was read, and the host
+where nothing is timed; no number may appear twice with different values. The joined file names every command
+and commit.
 """
 
 import sys
@@ -15,28 +16,45 @@ from eval.registry import view_of
 from eval.results import Results, write_atomically
 
 _FREE = ("select", "sections", "parts", "checkpoint")  # settings that may differ
+_TIMED = ("speed", "scaling", "inference")  # evaluations whose values depend on the host as well
 
 
-def _bound(settings: Mapping) -> dict:
-    """Settings without those that may differ, in sections as well."""
-    return {
-        name: _bound(value) if isinstance(value, Mapping) else value
-        for name, value in settings.items()
-        if name not in _FREE
-    }
+def _joined(ours: Mapping, theirs: Mapping, within: str = "") -> dict:
+    """Settings that are equal but for free ones, of which all entries are kept, and for models one run lacks.
 
-
-def _joined(settings: Sequence[Mapping]) -> dict:
-    """Settings that are equal but for free ones, of which all entries are kept."""
-    joined = dict(settings[0])
-    for name, value in joined.items():
-        if name in _FREE:
-            entries = [[value] if isinstance(value := each[name], str) else value for each in settings]
-            kept = tuple(dict.fromkeys(entry for each in entries for entry in each))
-            joined[name] = ", ".join(kept) if isinstance(joined[name], str) else kept
-        elif isinstance(value, Mapping):
-            joined[name] = _joined([each[name] for each in settings])
+    Raises:
+      ValueError: naming a setting that differs.
+    """
+    joined = {}
+    for name in dict.fromkeys([*ours, *theirs]):
+        one, other, path = ours.get(name), theirs.get(name), within + name
+        if name in _FREE and None not in (one, other):
+            if isinstance(one, str):
+                joined[name] = ", ".join(dict.fromkeys([*one.split(", "), other]))
+            else:
+                joined[name] = tuple(dict.fromkeys([*one, *other]))
+        elif isinstance(one, Mapping) and isinstance(other, Mapping):
+            joined[name] = _joined(one, other, f"{path}.")
+        elif one == other or (None in (one, other) and within.endswith("models.")):
+            joined[name] = other if one is None else one
+        else:
+            raise ValueError(f"the runs differ in the setting {path}; they are not comparable")
     return joined
+
+
+def _joined_device(ours: Mapping, theirs: Mapping, evaluation: str) -> dict:
+    """The device; hosts may differ where nothing is timed, and are all named.
+
+    Raises:
+      ValueError: for devices of different kinds or numbers.
+    """
+    free = () if evaluation in _TIMED else ("host",)
+    for name in ours.keys() | theirs.keys():
+        if name not in free and ours.get(name) != theirs.get(name):
+            raise ValueError(f"the runs differ in device: {dict(ours)} and {dict(theirs)}")
+    if ours.get("host") == theirs.get("host"):
+        return dict(ours)
+    return {**ours, "host": "; ".join(dict.fromkeys([*ours["host"].split("; "), theirs["host"]]))}
 
 
 def merge(runs: Sequence[Results]) -> Results:
@@ -48,16 +66,15 @@ def merge(runs: Sequence[Results]) -> Results:
     if not runs:
         raise ValueError("no runs were given")
     first = runs[0]
+    settings, device = dict(first.settings), dict(first.device)
     for run in runs[1:]:
-        for name in ("evaluation", "device", "versions"):
+        for name in ("evaluation", "versions"):
             if getattr(run, name) != getattr(first, name):
                 raise ValueError(
                     f"the runs differ in {name}: {getattr(first, name)} and {getattr(run, name)}"
                 )
-        ours, theirs = _bound(first.settings), _bound(run.settings)
-        for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
-                raise ValueError(f"the runs differ in the setting {name}; they are not comparable")
+        device = _joined_device(device, run.device, first.evaluation)
+        settings = _joined(settings, run.settings)
     values = {}
     for run in runs:
         for value in run.values:
@@ -65,7 +82,6 @@ def merge(runs: Sequence[Results]) -> Results:
             if key in values and values[key] != value:
                 raise ValueError(f"two values for {value.metric} at {dict(value.where)}: run it once")
             values[key] = value
-    settings = _joined([run.settings for run in runs])
     notes = list(dict.fromkeys(note for run in runs for note in run.notes))
     chosen = settings if "select" in settings else settings.get("presets", {})
     if models.MISSING_CONTROL in notes and models.has_control(chosen["models"], chosen["select"]):
@@ -77,7 +93,7 @@ def merge(runs: Sequence[Results]) -> Results:
         values=tuple(values.values()),
         notes=tuple(notes),
         command=" && ".join(dict.fromkeys(run.command for run in runs)),
-        device=first.device,
+        device=device,
         versions=first.versions,
         commit=", ".join(dict.fromkeys(run.commit for run in runs)),
         started=min(run.started for run in runs),

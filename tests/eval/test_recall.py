@@ -182,6 +182,21 @@ def test_models_of_a_section_merge(results):
     assert joined.settings["presets"]["select"] == ("small", "holo_512")
     assert joined.settings["sections"] == ("presets",)
     assert MISSING_CONTROL not in joined.notes
-    parts[1].settings["presets"]["models"] = {}
-    with pytest.raises(ValueError, match="setting presets"):
+    parts[1].settings["presets"]["models"]["later"] = {"preset": "ssm"}
+    assert "later" in merge(parts).settings["presets"]["models"]
+    parts[1].settings["presets"]["models"]["small"] = {"preset": "ssm"}
+    with pytest.raises(ValueError, match=r"setting presets\.models\.small\.preset"):
         merge(parts)
+
+
+def test_hosts_may_differ_where_nothing_is_timed(results):
+    elsewhere = Results(
+        **{**vars(results), "device": {**results.device, "host": "x86_64, 64 cores"}, "values": ()}
+    )
+    assert merge([results, elsewhere]).device["host"].endswith("; x86_64, 64 cores")
+    timed = [Results(**{**vars(run), "evaluation": "speed"}) for run in (results, elsewhere)]
+    with pytest.raises(ValueError, match="differ in device"):
+        merge(timed)
+    other = Results(**{**vars(elsewhere), "device": {**results.device, "kind": "another"}})
+    with pytest.raises(ValueError, match="differ in device"):
+        merge([results, other])
