@@ -16,7 +16,7 @@ from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.models import Size, model_config
 from eval.speed_parts.timing import Built, Job, compile_all, failure, median, missing, say
 from holo_jax.generate import Sampling, decoding_form, init_state, prefill, state_bytes
-from holo_jax.generate.decoding import NONE, Decoding, DecodingInputs, decode_block, loop_state
+from holo_jax.generate.decoding import NONE, Decoding, DecodingInputs, block_of, loop_state
 from holo_jax.generate.pending import GROUP, Held
 from holo_jax.generate.stepping import Form, choose, pack
 from holo_jax.mixers import AttentionState
@@ -100,7 +100,9 @@ class Decoder:
         def lower() -> Any:
             options = dict(steps=cell.steps, plan=_PLAN, form=self.form(cell.batch))
             packed = jax.eval_shape(lambda: self.packed(cell.batch))
-            return decode_block.lower(self.graphdef, self.params, *shapes, packed, **options)
+            return block_of(self.form(cell.batch)).lower(
+                self.graphdef, self.params, *shapes, packed, **options
+            )
 
         return Job(cell.where, lower)
 
@@ -246,16 +248,20 @@ def latency(
     decoder = Decoder("holo", size, activations, seed)
     tokens = np.random.default_rng(seed).integers(0, size.vocab, max(contexts), np.int32)
     shapes = jax.eval_shape(lambda: decoder.start(Cell("holo", size.width, "float32", 1, 0, steps), steps))
-    program = decode_block.lower(
-        decoder.graphdef,
-        decoder.params,
-        shapes,
-        decoder.inputs(1),
-        decoder.packed(1),
-        steps=steps,
-        plan=_PLAN,
-        form=decoder.form(1),
-    ).compile()
+    program = (
+        block_of(decoder.form(1))
+        .lower(
+            decoder.graphdef,
+            decoder.params,
+            shapes,
+            decoder.inputs(1),
+            decoder.packed(1),
+            steps=steps,
+            plan=_PLAN,
+            form=decoder.form(1),
+        )
+        .compile()
+    )
     runs = []
     for context in contexts:
         reading = prefill(decoder.model, [tokens[:context]], piece_size=piece)

@@ -1,5 +1,6 @@
 """Generating tokens: a compiled loop over a block of tokens, and the call that runs blocks until done."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -167,7 +168,7 @@ def generate(
     decoding = owned(params, decoding)
     tokens: list[list[int]] = [[] for _ in range(batch)]
     for _ in range(-(-max_new_tokens // block_size)):
-        decoding, block, finite = decode_block(
+        decoding, block, finite = block_of(form)(
             graphdef,
             params,
             decoding,
@@ -179,8 +180,7 @@ def generate(
         )
         if not bool(finite):
             raise FloatingPointError(
-                "the model's logits are not finite; its parameters or state hold NaN or infinity (or, with "
-                "one row on a GPU, another process kept the kernel over all layers from the whole device)"
+                "the model's logits are not finite; its parameters or state hold NaN or infinity"
             )
         new = [[int(token) for token in row if token != NONE] for row in np.asarray(block)]
         for row, ids in zip(tokens, new, strict=True):
@@ -199,7 +199,10 @@ def generate(
 _Counted = tuple[Decoding, Array, Array]
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("steps", "plan", "form"), donate_argnums=2)
+_compiled = partial(jax.jit, static_argnums=0, static_argnames=("steps", "plan", "form"), donate_argnums=2)
+
+
+@_compiled
 def decode_block(
     graphdef: Any,
     params: Any,
@@ -290,6 +293,14 @@ def decode_block(
     else:
         (decoding, finite), tokens = jax.lax.scan(one, start, length=steps)
     return decoding, tokens.T, finite
+
+
+_by_library = _compiled(inspect.unwrap(decode_block), compiler_options={"xla_gpu_enable_triton_gemm": False})
+
+
+def block_of(form: Form) -> Any:
+    """``decode_block`` with the compiler's options of a form."""
+    return _by_library if form.library else decode_block
 
 
 def loop_state(config: HoloConfig, state: ModelState, form: Form = PORTABLE) -> ModelState:

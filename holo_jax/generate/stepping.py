@@ -35,6 +35,7 @@ class Form(NamedTuple):
       stacked: by one kernel over all layers, on states and weights stacked over depth.
       heads: memories by a kernel.
       products: with ``heads``, also the products between memories, with norms, gates and sums around them.
+      library: the compiler's products are all cuBLAS's, none generated.
       programs: programs of the kernel over all layers.
       early, interpret: see ``decode_shape.Shape``.
     """
@@ -42,18 +43,21 @@ class Form(NamedTuple):
     stacked: bool = False
     heads: bool = False
     products: bool = False
+    library: bool = False
     programs: int = 1
     early: bool = True
     interpret: bool = False
 
 
 PORTABLE = Form()
-# A kernel joins when it has been equal to the definition, and faster, on hardware: "products" has not yet.
-AUTOMATIC: tuple[str, ...] = ("stack", "heads")
+# A kernel joins when it has been equal to the definition, and faster, on hardware. "stack" has been, and
+# takes longer than "products" (width 1024, one row: 0.369 ms a token and 0.341).
+AUTOMATIC: tuple[str, ...] = ("products", "heads")
 _STACK_ROWS = 1  # with more, one kernel a layer and products of the compiler's are faster; with one, slower
 # One row takes a kernel a layer from this many bytes of weights a layer: at width 1024 (25 MB) it was slower
 # than the portable form, at 2048 (99 MB) sixteen rows by it took 0.73 of one row's time without.
 _HEADS_BYTES = 2**25
+_LIBRARY_ROWS = 256  # 1.174 ms a token and 1.311 at width 1024, 4.145 and 4.325 at 2048; fewer were not timed
 
 
 def choose(config: HoloConfig, rows: int) -> Form:
@@ -81,7 +85,7 @@ def choose(config: HoloConfig, rows: int) -> Form:
     ):
         return Form(heads=True, products=True)
     if "heads" in AUTOMATIC and heads and (rows > _STACK_ROWS or _layer_bytes(shape, config) >= _HEADS_BYTES):
-        return Form(heads=True)
+        return Form(heads=True, library=rows >= _LIBRARY_ROWS)
     return PORTABLE
 
 

@@ -14,9 +14,9 @@ Memory stands still while a kernel ends and the next begins. So a program that h
 asks for a share of those that come after (``following``), and does not wait: they are in the second cache
 when their kernel asks.
 
-Weights are ``[out, in]``. With at most ``SUMMED`` rows a program takes a few rows of the weight, one a warp,
-so sums stay inside warps, and asks for several pieces of them before it needs the first. With more rows
-it is a product of tiles on tensor cores over a pipeline of the compiler's.
+Weights are ``[out, in]``. A program takes a few rows of the weight, one a warp, so sums stay inside warps,
+and asks for several pieces of them before it needs the first. For more rows, tiles on tensor cores were
+slower than the compiler's own products (docs/log.md, 2026-11-28).
 """
 
 from collections.abc import Callable
@@ -29,9 +29,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array, Float
 
-# Batches up to this are summed by lanes; more rows would keep more sums than a thread has registers.
-SUMMED = 4
-MAX_ROWS = 64
+# More rows would keep more sums than a thread has registers.
+MAX_ROWS = 4
 _LEAST_CHUNK = 64
 # Bytes of the weights after a product that it brings into the second cache, which holds 50 MB on an H100.
 FOLLOWING = 0
@@ -42,20 +41,19 @@ class Tiling(NamedTuple):
     """Shape of a program; results differ by rounding only.
 
     Attributes:
-      outputs: rows of the weight that a program takes; with sums by lanes also its warps.
+      outputs: rows of the weight that a program takes, and its warps.
       chunk: columns of the weight taken at a time.
-      ahead: chunks asked for before the first is needed, or stages of the pipeline.
-      warps: warps of a program.
+      ahead: chunks asked for before the first is needed.
     """
 
     outputs: int
-    chunk: int
-    ahead: int
-    warps: int
+    chunk: int = 256
+    ahead: int = 8
 
 
-SUMS = Tiling(outputs=4, chunk=256, ahead=8, warps=4)
-TILES = Tiling(outputs=16, chunk=128, ahead=5, warps=4)
+def tiling_of(depth: int) -> Tiling:
+    """The fastest on an H100: 16 KiB of weights a program up to 1,024 columns, four rows of more."""
+    return Tiling(outputs=8 if depth <= 1024 else 4, chunk=min(depth & -depth, 256))
 
 
 class Product(NamedTuple):
@@ -88,11 +86,6 @@ class Product(NamedTuple):
         return self.kind != "added"
 
 
-def chunk_of(depth: int, most: int) -> int:
-    """The largest power of two up to ``most`` that divides ``depth``."""
-    return min(depth & -depth, most)
-
-
 def unsupported(rows: int, depths: tuple[int, ...]) -> str | None:
     """Why products of these depths cannot run by kernels, or None."""
     if rows > MAX_ROWS:
@@ -123,21 +116,18 @@ def product(
       norm: weight of the norm in float32.
       residual: rows in the storage dtype.
       eps: of the norm.
-      following: weights of the products after this one, of which the first ``FOLLOWING`` bytes are touched.
+      following: weights of the products after this one, of which the first ``FOLLOWING`` bytes are asked for.
       interpret: run in Pallas' interpreter, anywhere.
 
     Returns:
       Float32 for ``maps``, else the storage dtype; ``[b, o]``, of ``gated`` half as many columns.
     """
     rows, depth = x.shape
-    summed = rows <= SUMMED
-    tiling = SUMS if summed else TILES
-    tiling = tiling._replace(chunk=chunk_of(depth, tiling.chunk))
+    tiling = tiling_of(depth)
     outputs = weight.shape[0] // (2 if kind == "gated" else 1)
     call = Product(kind, rows, depth, outputs, eps, tiling, interpret)
     given = {"x": x, "weight": weight, "norm": norm, "residual": residual}
     inputs = {name: array for name, array in given.items() if array is not None}
-    body = _summed if summed else _tiled
 
     programs = pl.cdiv(outputs, tiling.outputs)
     # The interpreter has no second cache, and knows no instructions of the device.
@@ -147,16 +137,13 @@ def product(
         def touched(shape: tuple[int, int]) -> Any:
             return sum(_touched(ref, share, shape) for ref, share in zip(later, shares, strict=True) if share)
 
-        body(call, {**ins, "out": out}, touched)
+        _program(call, {**ins, "out": out}, touched)
 
-    stages = 1 if summed else tiling.ahead
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows, outputs), jnp.float32 if kind == "maps" else x.dtype),
         grid=(programs,),
-        compiler_params=None
-        if interpret
-        else plgpu.CompilerParams(num_warps=tiling.warps, num_stages=stages),
+        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=tiling.outputs, num_stages=1),
         interpret=interpret,
         name=f"decode_{kind}",
     )(inputs, following)
@@ -220,8 +207,8 @@ def _finish(call: Product, refs: dict[str, Any], sums: list[Array], at: tuple[Ar
     return (plgpu.load(refs["residual"].at[at]).astype(jnp.float32) + rounded[0]).astype(storage)
 
 
-def _summed(call: Product, refs: dict[str, Any], touched: Callable[[tuple[int, int]], Any]) -> None:
-    """A program of few rows: a warp multiplies and sums whole rows of the weight."""
+def _program(call: Product, refs: dict[str, Any], touched: Callable[[tuple[int, int]], Any]) -> None:
+    """One program: a warp multiplies and sums whole rows of the weight."""
     tiling = call.tiling
     outputs = _outputs(call)
     inside = jnp.minimum(outputs, call.outputs - 1)
@@ -269,39 +256,3 @@ def _summed(call: Product, refs: dict[str, Any], touched: Callable[[tuple[int, i
         own_row = jnp.full_like(inside, row)
         result = _finish(call, refs, found, (own_row, inside))
         plgpu.store(refs["out"].at[own_row, outputs], result, mask=outputs < call.outputs)
-
-
-def _tiled(call: Product, refs: dict[str, Any], touched: Callable[[tuple[int, int]], Any]) -> None:
-    """A program of more rows: tiles of the weight, multiplied with all rows."""
-    tiling = call.tiling
-    count = max(16, pl.next_power_of_2(call.rows))
-    rows, outputs = jax.lax.iota(jnp.int32, count), _outputs(call)
-    there, inside = jnp.minimum(rows, call.rows - 1), jnp.minimum(outputs, call.outputs - 1)
-    lanes = jax.lax.iota(jnp.int32, tiling.chunk)
-    storage = refs["x"].dtype
-    across = (((1,), (1,)), ((), ()))
-
-    def step(chunk: Array, carry: tuple[tuple[Array, ...], Any]) -> tuple[tuple[Array, ...], Any]:
-        sums, squares = carry
-        columns = chunk * tiling.chunk + lanes
-        x = plgpu.load(refs["x"].at[*_block(there, columns)])
-        if call.normed:
-            wide = x.astype(jnp.float32)
-            squares += wide * wide
-            x = (wide * plgpu.load(refs["norm"].at[columns])[None, :]).astype(storage)
-        found = []
-        for half, total in enumerate(sums):
-            weight = plgpu.load(refs["weight"].at[*_block(inside + half * call.outputs, columns)])
-            found.append(total + jax.lax.dot_general(x, weight, across, preferred_element_type=jnp.float32))
-        return tuple(found), squares
-
-    zeros = jnp.zeros((count, tiling.outputs), jnp.float32)
-    first = (zeros + touched((count, tiling.outputs)), *(zeros,) * (call.halves - 1))
-    start = jnp.zeros((count, tiling.chunk) if call.normed else (1, 1), jnp.float32)
-    sums, squares = jax.lax.fori_loop(0, call.depth // tiling.chunk, step, (first, start))
-    if call.normed:
-        inverse = jax.lax.rsqrt(jnp.sum(squares, axis=1) * (1.0 / call.depth) + call.eps)
-        sums = tuple(y * inverse[:, None] for y in sums)
-    result = _finish(call, refs, list(sums), _block(there, inside))
-    mask = (rows < call.rows)[:, None] & (outputs < call.outputs)[None, :]
-    plgpu.store(refs["out"].at[*_block(rows, outputs)], result, mask=mask)

@@ -18,10 +18,10 @@ def draw(*shape: int, scale: float = 1.0, seed: int = 0) -> np.ndarray:
     return scale * np.random.default_rng((seed, *shape)).normal(size=shape)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_products_are_norm_product_and_what_follows(rows: int, dtype: str) -> None:
-    """Outputs that no tile divides, and rows on both sides of the change from lanes to tiles."""
+    """Outputs that no tile divides."""
     x, scale = jnp.asarray(draw(rows, WIDTH), dtype), jnp.asarray(1 + 0.1 * draw(WIDTH), jnp.float32)
     weight = jnp.asarray(draw(2 * OUTPUTS, WIDTH, scale=WIDTH**-0.5), dtype)
     residual = jnp.asarray(draw(rows, OUTPUTS), dtype)
@@ -40,7 +40,7 @@ def test_products_are_norm_product_and_what_follows(rows: int, dtype: str) -> No
         "added": decode_products.product("added", x, weight[:OUTPUTS], residual=residual, interpret=True),
     }
     assert found["maps"].dtype == jnp.float32 and found["gated"].dtype == found["added"].dtype == x.dtype
-    tolerance = 2e-6 if dtype == "float32" else 8e-3
+    tolerance = 2e-6 if dtype == "float32" else 5e-3
     for name, value in wanted.items():
         error = np.abs(np.asarray(found[name], np.float64) - value).max() / np.abs(value).max()
         assert error < tolerance, name
@@ -65,8 +65,8 @@ def test_a_group_joins_as_the_compensated_sum_adds() -> None:
 
 def test_what_products_refuse() -> None:
     """Reasons name the field, the value and the constraint."""
-    assert decode_products.unsupported(64, (1024, 2816)) is None
-    assert decode_products.unsupported(65, (1024,)) == "the batch has 65 rows; it must have at most 64"
+    assert decode_products.unsupported(4, (1024, 2816)) is None
+    assert decode_products.unsupported(5, (1024,)) == "the batch has 5 rows; it must have at most 4"
     reason = decode_products.unsupported(1, (1024, 1000))
     assert reason == "a product sums over 1000 columns; it must be a multiple of 64"
 
@@ -79,14 +79,12 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     assert stepping.choose(wide, 1) == stepping.PORTABLE
     monkeypatch.setattr(decode_shape, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(decode_shape, "multiprocessors", lambda: 132)
-    monkeypatch.setattr(stepping, "AUTOMATIC", ("stack", "heads"))
-    assert stepping.choose(narrow, 1).stacked
-    assert stepping.choose(narrow, 2) == stepping.choose(wide, 1) == stepping.Form(heads=True)
-    monkeypatch.setattr(stepping, "AUTOMATIC", ("heads",))
-    assert stepping.choose(narrow, 1) == stepping.PORTABLE
-    monkeypatch.setattr(stepping, "AUTOMATIC", ("products", "heads"))
-    products = stepping.Form(heads=True, products=True)
-    assert stepping.choose(wide, 1) == stepping.choose(narrow, 64) == products
-    assert stepping.choose(narrow, 65) == stepping.Form(heads=True)
-    assert not stepping.choose(narrow.replace(precision=FULL), 1).products
-    assert not stepping.choose(narrow.replace(hidden_size=1000), 1).products
+    products, heads = stepping.Form(heads=True, products=True), stepping.Form(heads=True)
+    assert stepping.choose(wide, 1) == stepping.choose(narrow, 4) == products
+    assert stepping.choose(narrow, 5) == stepping.choose(narrow, 16) == heads
+    assert stepping.choose(narrow, 256) == heads._replace(library=True)
+    assert stepping.choose(narrow.replace(precision=FULL), 2) == heads
+    assert stepping.choose(narrow.replace(hidden_size=1000), 1) == stepping.PORTABLE
+    assert stepping.choose(wide.replace(hidden_size=2000), 1) == heads
+    monkeypatch.setattr(stepping, "AUTOMATIC", ("stack",))
+    assert stepping.choose(narrow, 1).stacked and not stepping.choose(wide, 1).stacked
