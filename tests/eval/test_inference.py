@@ -27,7 +27,7 @@ MICRO = dict(
     storage_pairs="(4,200)",
     storage_alternatives=64,
     storage_trials=1,
-    logit_tokens=68,
+    logit_tokens=128,  # read in two parts of one length: one program each
     drift_steps="(1000,20000)",
 )
 

@@ -11,9 +11,9 @@ import numpy as np
 from holo_jax.generate.reading import init_state
 from holo_jax.state_io import StateError, load_state, save_state
 from holo_jax.tokenizers import MARKS_FILE, TokenizerError
-from tests.faults.models import sentencepiece_model
 from tests.train.common import micro_config
 from tests.train.corpora import entries, write_jsonl
+from tests.train.pieces import sentencepiece_model
 from train import prepare
 from train.checkpoint import CheckpointStore
 from train.corpus.manifest import MANIFEST_FILE as CORPUS_MANIFEST

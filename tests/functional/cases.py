@@ -62,15 +62,16 @@ def make_segments(time, seed=0):
     return ids
 
 
+def arguments(inputs):
+    """Phases, values and gates in the order in which all forms take them."""
+    return (*(inputs[name] for name in ("write", "read", "values", "gates")), inputs.get("erase"))
+
+
 def run(inputs, rule, method, segments=None, chunk=None):
     """``accumulate`` on arrays by name."""
     state = MemoryState(inputs["memory"], inputs["residue"], inputs["writes"])
     return accumulate(
-        inputs["write"],
-        inputs["read"],
-        inputs["values"],
-        inputs["gates"],
-        inputs.get("erase"),
+        *arguments(inputs),
         binding=binding_of(rule),
         method=method,
         segment_ids=segments,

@@ -12,6 +12,7 @@ from tests.functional.cases import (
     FAST_COMPILE,
     METHODS,
     RULES,
+    arguments,
     binding_of,
     forward,
     make_inputs,
@@ -27,11 +28,7 @@ CHUNK = {"recurrent": None, "associative_scan": None, "chunked": 4}
 
 def oracle(inputs, rule, segments):
     return memory_loop(
-        inputs["write"],
-        inputs["read"],
-        inputs["values"],
-        inputs["gates"],
-        inputs.get("erase"),
+        *arguments(inputs),
         binding=binding_of(rule),
         segment_ids=segments,
         memory=inputs["memory"] + inputs["residue"],

@@ -85,8 +85,12 @@ def _command(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # Read when the first device is asked for, which the fork server has not done.
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    os.environ.update(environment, XLA_FLAGS=flags)
+    flags = [
+        f"--xla_force_host_platform_device_count={devices}",
+        "--xla_backend_optimization_level=0",
+        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    ]
+    os.environ.update(environment, XLA_FLAGS=" ".join(flags))
     jax.config.update("jax_platforms", "cpu")  # the fork server has read the variable when it imported jax
     sys.argv = ["train.main", *arguments]
     with contextlib.ExitStack() as stack:

@@ -1,16 +1,15 @@
 """Every kind of tokenizer: found, exact both ways, saved and loaded again, refused with a reason."""
 
-import io
 import json
 from pathlib import Path
 
 import pytest
-import sentencepiece
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.train.corpora import entries, write_jsonl
+from tests.train.pieces import sentencepiece_model
 from train.corpus.errors import TokenizerError
 from train.corpus.readers import Fields
 from train.corpus.sources import SourceFile
@@ -30,19 +29,7 @@ TEXTS = [entry["text"] for entry in entries(200)]
 
 @pytest.fixture(scope="module")
 def model() -> bytes:
-    """A tiny SentencePiece model with byte fallback."""
-    stream = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS),
-        model_writer=stream,
-        vocab_size=340,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return stream.getvalue()
+    return sentencepiece_model()
 
 
 @pytest.fixture(scope="module")
