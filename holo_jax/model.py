@@ -11,7 +11,7 @@ from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import generate_multiscale_phasors, generate_random_phasors
 from holo_jax.functional.cross_entropy import next_token_targets
-from holo_jax.functional.stacks import unstacked
+from holo_jax.functional.stacks import splits_stacks, unstacked
 from holo_jax.layers import (
     Denoiser,
     Linear,
@@ -226,7 +226,7 @@ class HoloModel(nnx.Module):
         run = self._scanned
         if isinstance(self.periods, nnx.List):
             run = self._in_turn
-        elif state is None and config.scan_unroll >= config.num_periods:
+        elif state is None and config.scan_unroll >= config.num_periods and splits_stacks():
             run = self._apart
         x, layers = run(x, context, turns, None if state is None else state.layers)
         if state_after is not None:

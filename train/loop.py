@@ -135,6 +135,7 @@ def _check_sizes(config: RunConfig, mesh: Mesh, inputs: Inputs) -> tuple[ModelFu
     return build(config.model, config.optimizer, config.num_steps, mesh)
 
 
+# ``eval.scaling`` has some thirty of them at one time.
 @functools.lru_cache(maxsize=64)
 def build(
     model: HoloConfig, optimizer: OptimizerConfig, num_steps: int, mesh: Mesh

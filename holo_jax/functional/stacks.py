@@ -28,3 +28,11 @@ def _backward(_: None, parts: tuple[Array, ...]) -> tuple[Array]:
 
 
 unstacked.defvjp(_forward, _backward)
+
+
+def splits_stacks() -> bool:
+    """Whether a loop over stacked parameters, unrolled whole, is faster when it splits them once.
+
+    On GPUs. CPUs take 5% more time for a step of the quick start so than by ``lax.scan``'s own unrolling.
+    """
+    return jax.default_backend() != "cpu"

@@ -1,6 +1,5 @@
 """Generating tokens: a compiled loop over a block of tokens, and the call that runs blocks until done."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -199,11 +198,7 @@ def generate(
 _Counted = tuple[Decoding, Array, Array]
 
 
-_compiled = partial(jax.jit, static_argnums=0, static_argnames=("steps", "plan", "form"), donate_argnums=2)
-
-
-@_compiled
-def decode_block(
+def _decode_block(
     graphdef: Any,
     params: Any,
     decoding: Decoding,
@@ -295,12 +290,14 @@ def decode_block(
     return decoding, tokens.T, finite
 
 
-_by_library = _compiled(inspect.unwrap(decode_block), compiler_options={"xla_gpu_enable_triton_gemm": False})
+_compiled = partial(jax.jit, static_argnums=0, static_argnames=("steps", "plan", "form"), donate_argnums=2)
+decode_block = _compiled(_decode_block)
+_by_cublas = _compiled(_decode_block, compiler_options={"xla_gpu_enable_triton_gemm": False})
 
 
 def block_of(form: Form) -> Any:
     """``decode_block`` with the compiler's options of a form."""
-    return _by_library if form.library else decode_block
+    return _by_cublas if form.cublas else decode_block
 
 
 def loop_state(config: HoloConfig, state: ModelState, form: Form = PORTABLE) -> ModelState:

@@ -35,7 +35,7 @@ class Form(NamedTuple):
       stacked: by one kernel over all layers, on states and weights stacked over depth.
       heads: memories by a kernel.
       products: with ``heads``, also the products between memories, with norms, gates and sums around them.
-      library: the compiler's products are all cuBLAS's, none generated.
+      cublas: the compiler's products are all cuBLAS's, none generated.
       programs: programs of the kernel over all layers.
       early, interpret: see ``decode_shape.Shape``.
     """
@@ -43,7 +43,7 @@ class Form(NamedTuple):
     stacked: bool = False
     heads: bool = False
     products: bool = False
-    library: bool = False
+    cublas: bool = False
     programs: int = 1
     early: bool = True
     interpret: bool = False
@@ -57,7 +57,7 @@ _STACK_ROWS = 1  # with more, one kernel a layer and products of the compiler's 
 # One row takes a kernel a layer from this many bytes of weights a layer: at width 1024 (25 MB) it was slower
 # than the portable form, at 2048 (99 MB) sixteen rows by it took 0.73 of one row's time without.
 _HEADS_BYTES = 2**25
-_LIBRARY_ROWS = 256  # 1.174 ms a token and 1.311 at width 1024, 4.145 and 4.325 at 2048; fewer were not timed
+_CUBLAS_ROWS = 256  # 1.174 ms a token and 1.311 at width 1024, 4.145 and 4.325 at 2048; fewer were not timed
 
 
 def choose(config: HoloConfig, rows: int) -> Form:
@@ -85,7 +85,7 @@ def choose(config: HoloConfig, rows: int) -> Form:
     ):
         return Form(heads=True, products=True)
     if "heads" in AUTOMATIC and heads and (rows > _STACK_ROWS or _layer_bytes(shape, config) >= _HEADS_BYTES):
-        return Form(heads=True, library=rows >= _LIBRARY_ROWS)
+        return Form(heads=True, cublas=rows >= _CUBLAS_ROWS)
     return PORTABLE
 
 
@@ -226,11 +226,8 @@ def step(
         for k, block in enumerate(period.blocks):
             held, state = fixed[n][k], moving.layers[n][k]
             if form.products:
-                flat = [weights for own in packed["blocks"] for weights in own]
-                number = n * len(period.blocks) + k
-                after = flat[number + 1]["maps"] if number + 1 < len(flat) else packed["head"]
                 at = (index, active, moving.position)
-                x, state = _by_products(block, flat[number], after, x, held, state, *at, form)
+                x, state = _by_products(block, packed["blocks"][n][k], x, held, state, *at, form)
             elif held is None:
                 own = None if own_turns is None else own_turns[k]
                 # With a state a block leaves nothing for the next one to add.
@@ -271,7 +268,6 @@ def _logits(model: HoloForCausalLM, x: Float[Array, "b e"], form: Form, packed: 
 def _by_products(
     block: Any,
     weights: dict[str, Array],
-    after: Float[Array, "o i"],
     x: Float[Array, "b 1 e"],
     held: Held,
     pending: Pending,
@@ -280,16 +276,15 @@ def _by_products(
     position: Array,
     form: Form,
 ) -> tuple[Float[Array, "b 1 e"], Pending]:
-    """A block on one token by five kernels; ``after`` is the first weight after it."""
+    """A block on one token by five kernels."""
     interpret = form.interpret
     product = partial(decode_products.product, eps=block.mixer_norm.eps, interpret=interpret)
     x = x[:, 0]
-    own = [weights[name] for name in ("maps", "out", "up", "down")]
-    y = product("maps", x, own[0], norm=block.mixer_norm.weight[...], following=(own[1], own[2]))
+    y = product("maps", x, weights["maps"], norm=block.mixer_norm.weight[...])
     z, pending = stack.heads(block.mixer, y, held, pending, index, active, position, interpret)
-    x = product("added", z, own[1], residual=x, following=(own[2],))
-    hidden = product("gated", x, own[2], norm=block.mlp_norm.weight[...], following=(own[3],))
-    return product("added", hidden, own[3], residual=x, following=(after,))[:, None], pending
+    x = product("added", z, weights["out"], residual=x)
+    hidden = product("gated", x, weights["up"], norm=block.mlp_norm.weight[...])
+    return product("added", hidden, weights["down"], residual=x)[:, None], pending
 
 
 def _mix(

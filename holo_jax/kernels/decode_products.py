@@ -10,16 +10,11 @@ kinds of product make a layer beside its memory (``decode_stack.run_heads``), ea
 The norm costs no pass of its own: its weight is multiplied in before the product, and one over the root mean
 square, which is summed on the way, after it. So the normed row is not rounded as a whole, its terms are.
 
-Memory stands still while a kernel ends and the next begins. So a program that has asked for its own weights
-asks for a share of those that come after (``following``), and does not wait: they are in the second cache
-when their kernel asks.
-
 Weights are ``[out, in]``. A program takes a few rows of the weight, one a warp, so sums stay inside warps,
 and asks for several pieces of them before it needs the first. For more rows, tiles on tensor cores were
 slower than the compiler's own products (docs/log.md, 2026-11-28).
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -32,9 +27,6 @@ from holo_jax.array_types import Array, Float
 # More rows would keep more sums than a thread has registers.
 MAX_ROWS = 4
 _LEAST_CHUNK = 64
-# Bytes of the weights after a product that it brings into the second cache, which holds 50 MB on an H100.
-FOLLOWING = 0
-_SECTOR = 32
 
 
 class Tiling(NamedTuple):
@@ -104,7 +96,6 @@ def product(
     norm: Float[Array, " i"] | None = None,
     residual: Float[Array, "b o"] | None = None,
     eps: float = 0.0,
-    following: tuple[Array, ...] = (),
     interpret: bool = False,
 ) -> Float[Array, "b r"]:
     """One of the products above.
@@ -116,7 +107,6 @@ def product(
       norm: weight of the norm in float32.
       residual: rows in the storage dtype.
       eps: of the norm.
-      following: weights of the products after this one, of which the first ``FOLLOWING`` bytes are asked for.
       interpret: run in Pallas' interpreter, anywhere.
 
     Returns:
@@ -130,14 +120,9 @@ def product(
     inputs = {name: array for name, array in given.items() if array is not None}
 
     programs = pl.cdiv(outputs, tiling.outputs)
-    # The interpreter has no second cache, and knows no instructions of the device.
-    shares = [0 for _ in following] if interpret else _shares(following, programs)
 
-    def kernel(ins: dict[str, Any], later: tuple[Any, ...], out: Any) -> None:
-        def touched(shape: tuple[int, int]) -> Any:
-            return sum(_touched(ref, share, shape) for ref, share in zip(later, shares, strict=True) if share)
-
-        _program(call, {**ins, "out": out}, touched)
+    def kernel(ins: dict[str, Any], out: Any) -> None:
+        _program(call, {**ins, "out": out})
 
     return pl.pallas_call(
         kernel,
@@ -146,42 +131,7 @@ def product(
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=tiling.outputs, num_stages=1),
         interpret=interpret,
         name=f"decode_{kind}",
-    )(inputs, following)
-
-
-def _shares(following: tuple[Array, ...], programs: int) -> list[int]:
-    """Sectors of each weight that a program asks for."""
-    shares, left = [], FOLLOWING // _SECTOR
-    for weight in following:
-        count = min(weight.size * weight.dtype.itemsize // _SECTOR, left)
-        shares.append(pl.cdiv(count, programs))
-        left -= count
-    return shares
-
-
-def _touched(ref: Any, share: int, shape: tuple[int, int]) -> Array:
-    """Zeros, of a computation that asks for a number out of every sector of this program's share."""
-    step = _SECTOR // ref.dtype.itemsize
-    each = ref.shape[1] // step
-    size = shape[0] * shape[1]
-    within = _block(jax.lax.iota(jnp.int32, shape[0]) * shape[1], jax.lax.iota(jnp.int32, shape[1]))
-    zeros = jnp.zeros(shape, jnp.float32)
-    for part in range(pl.cdiv(share, size)):
-        own = part * size + within[0] + within[1]
-        sector = pl.program_id(0) * share + own
-        mask = (own < share) & (sector < ref.shape[0] * each)
-        view = ref.at[sector // each, sector % each * step]
-        loaded = plgpu.load(view, mask=mask, other=0.0, volatile=True)
-        # Unused loads would be left out. The result does not depend on the number, so nothing waits for it.
-        (zero,) = plgpu.elementwise_inline_asm(
-            "mov.f32 $0, 0f00000000;",
-            args=[loaded],
-            constraints="=f,h",
-            pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(shape, jnp.float32)],
-        )
-        zeros += zero
-    return zeros
+    )(inputs)
 
 
 def _block(rows: Array, columns: Array) -> tuple[Array, Array]:
@@ -207,7 +157,7 @@ def _finish(call: Product, refs: dict[str, Any], sums: list[Array], at: tuple[Ar
     return (plgpu.load(refs["residual"].at[at]).astype(jnp.float32) + rounded[0]).astype(storage)
 
 
-def _program(call: Product, refs: dict[str, Any], touched: Callable[[tuple[int, int]], Any]) -> None:
+def _program(call: Product, refs: dict[str, Any]) -> None:
     """One program: a warp multiplies and sums whole rows of the weight."""
     tiling = call.tiling
     outputs = _outputs(call)
@@ -236,7 +186,6 @@ def _program(call: Product, refs: dict[str, Any], touched: Callable[[tuple[int, 
 
     asked = [weights(chunk) for chunk in range(min(tiling.ahead, chunks))]
     sums: list[list[Any]] = [[0.0] * call.halves for _ in range(call.rows)]
-    sums[0][0] = touched((tiling.outputs, tiling.chunk))
     squares: list[Any] = [0.0] * call.rows
     for chunk in range(chunks):
         own = [weight.astype(jnp.float32) for weight in asked.pop(0)]

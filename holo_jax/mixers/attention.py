@@ -144,9 +144,10 @@ class AttentionMixer(nnx.Module):
         if axis is not None:
             return _attend_parts(axis, queries, keys, values, segment_ids, window)
         mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        # cuDNN adds a mask to scores: b t t numbers in the storage dtype. With a window too it is unchecked.
         flash = (
             jax.default_backend() == "gpu"
-            and mask is None
+            and (mask is None or not window)
             and queries.dtype in (jnp.bfloat16, jnp.float16)
             and queries.shape[1] % _FLASH_MULTIPLE == 0
         )

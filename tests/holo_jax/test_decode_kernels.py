@@ -82,7 +82,7 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     products, heads = stepping.Form(heads=True, products=True), stepping.Form(heads=True)
     assert stepping.choose(wide, 1) == stepping.choose(narrow, 4) == products
     assert stepping.choose(narrow, 5) == stepping.choose(narrow, 16) == heads
-    assert stepping.choose(narrow, 256) == heads._replace(library=True)
+    assert stepping.choose(narrow, 256) == heads._replace(cublas=True)
     assert stepping.choose(narrow.replace(precision=FULL), 2) == heads
     assert stepping.choose(narrow.replace(hidden_size=1000), 1) == stepping.PORTABLE
     assert stepping.choose(wide.replace(hidden_size=2000), 1) == heads

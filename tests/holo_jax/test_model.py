@@ -147,8 +147,11 @@ def test_initialisation_and_rematerialisation() -> None:
 
 
 @pytest.mark.parametrize("name, remat", [("holo", "dots"), ("hybrid", "none")])
-def test_periods_apart_compute_what_their_scan_does(name: str, remat: str) -> None:
+def test_periods_apart_compute_what_their_scan_does(
+    name: str, remat: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Unrolled whole, blocks take parts of the stacked parameters: the same loss and gradient."""
+    monkeypatch.setattr("holo_jax.model.splits_stacks", lambda: True)
     ids = tokens(9)
     layers = 2 * len(variant_config(name).layer_kinds)
     scanned = variant_config(name, num_hidden_layers=layers, scan_unroll=1, remat="none")
@@ -208,3 +211,35 @@ def test_traces_where_transfers_are_forbidden(name: str) -> None:
     model, ids = variant(name), tokens(1)
     with jax.transfer_guard("disallow"):
         assert jax.eval_shape(lambda ids: model(ids).logits, ids).shape == (2, LENGTH, VOCAB)
+
+
+@pytest.mark.parametrize(
+    "changes, packed, asked",
+    [
+        (dict(), False, "cudnn"),
+        (dict(), True, "cudnn"),
+        (dict(attention_window=32), False, "cudnn"),
+        (dict(attention_window=32), True, "xla"),
+        (dict(precision=FULL), True, "xla"),
+    ],
+)
+def test_attention_asks_for_a_kernel_on_a_gpu(changes, packed, asked, monkeypatch) -> None:
+    """With the mask of packed documents too, as a card has shown it right; by the arguments given."""
+    calls = []
+    real = jax.nn.dot_product_attention
+
+    def attend(*arguments, implementation, **options):
+        calls.append((implementation, options["mask"] is not None))
+        return real(*arguments, implementation="xla", **options)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", attend)
+    config = variant_config("attention", **{"precision": MIXED, **changes})
+    ids = jax.ShapeDtypeStruct((2, 64), jnp.int32)
+
+    def read(ids, segments):
+        model = HoloForCausalLM(config, rngs=nnx.Rngs(0))
+        return model(ids, labels=ids, segment_ids=segments if packed else None).loss
+
+    jax.eval_shape(read, ids, ids)
+    assert set(calls) == {(asked, packed)}

@@ -164,9 +164,8 @@ def stacked_layers(layers):
     return jax.tree.map(lambda *x: jnp.stack(x), *layers)
 
 
-def test_the_kernels_lower_for_a_gpu(monkeypatch) -> None:
+def test_the_kernels_lower_for_a_gpu() -> None:
     """All that happens before the device's own compiler: what the interpreter accepts, Triton may not."""
-    monkeypatch.setattr(decode_products, "FOLLOWING", 2**16)
     config = small(precision=MIXED, hidden_size=64)
     shape = stack.shape_of(config, 2, SIZE, 4)
 
@@ -187,8 +186,7 @@ def test_the_kernels_lower_for_a_gpu(monkeypatch) -> None:
         first = jax.tree.map(lambda array: array[0], (held, moving.pending))
         scale, matrix = jnp.ones(64), weights["maps"][0]
         given = [jnp.zeros((rows, 64), x.dtype) for rows in (2, 4)]
-        after = (weights["up"][0],)
-        products = [decode_products.product("maps", x, matrix, norm=scale, following=after) for x in given]
+        products = [decode_products.product("maps", x, matrix, norm=scale) for x in given]
         heads = decode_stack.run_heads(shape._replace(layers=1), layer, jnp.bfloat16)
         return found, heads, stack.joined(*first, size=SIZE, interpret=False), products
 

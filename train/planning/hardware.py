@@ -62,31 +62,32 @@ class Hardware:
         return Link(self.between.name, rate, hop, self.between.seconds_per_exchange)
 
 
-# Measured on 2026-11-24, jax 0.11.2: the 8192^3 product and the copy on one H100; on 2026-11-25 the all-
-# reduce on two of one host, NVLS off: 43 us for 1 KiB, 47 for 1 MiB, 330 for 64 MiB, 2,145 for 512 MiB;
-# rate and fixed part are the fit of ``eval.scaling.fit_link`` (43 us, within 5%), hops taken off. Assumed:
-# hops, the size of a node, one 400 Gbit/s InfiniBand port a device, and that between nodes a collective
-# starts as slowly.
+# Measured with jax 0.11.2: on 2026-11-24 the 8192^3 product and the copy on one H100; on 2026-11-28 the all-
+# reduce on four of one host, NVLS off: 44 us for 1 KiB, 48 for 1 MiB, 413 for 64 MiB, 2,755 for 512 MiB;
+# rate and fixed part are the fit of ``eval.scaling.fit_link`` (43.8 us and 279 GB/s), six hops taken off.
+# Assumed: hops, the size of a node, one 400 Gbit/s InfiniBand port a device, and that between nodes a
+# collective starts as slowly.
 H100 = Hardware(
     name="NVIDIA H100",
     hbm_gb=80.0,
     product_flops=702e12,
     copy_bytes=2.96e12,
     node_devices=8,
-    inside=Link("NVLink", 246e9, 3e-6, 37e-6),
-    between=Link("InfiniBand", 50e9, 10e-6, 37e-6),
+    inside=Link("NVLink", 279e9, 3e-6, 25.8e-6),
+    between=Link("InfiniBand", 50e9, 10e-6, 25.8e-6),
 )
 
 # Share of ``product_flops`` that a whole train step reaches, by mixer, with all kernels and without those
 # between products, which a model divided over ``tensor`` does not run: 12 layers, width 1024, vocabulary
-# 32,000, rows of 2,048 tokens, 32,768 tokens a step, remat "dots"; eval.speed on one H100, jax 0.11.2,
-# 2026-11-24 and 25. In thousands of tokens a second: ``holo`` 356 with all kernels and 307 without those,
-# without erase 368 and 312, attention 342 and 287, ``seed`` 405 and 189 (all portable).
+# 32,000, rows of 2,048 tokens, 32,768 tokens a step, blocks unrolled, remat "dots" (without erase "none");
+# eval.speed on one H100, jax 0.11.2. In thousands of tokens a second: with all kernels ``holo`` 362, without
+# erase 395, ``seed`` 409 (2026-11-28, docs/results/speed_step), attention 342 (2026-11-25); without those
+# 307, 312, 189 (all portable) and 287 (2026-11-24 and 25).
 MEASURED_SHARES = {
-    "holo": (0.545, 0.470),
-    "holo without erase": (0.561, 0.476),
+    "holo": (0.560, 0.470),
+    "holo without erase": (0.611, 0.476),
     "attention": (0.615, 0.516),
-    "seed": (0.636, 0.297),
+    "seed": (0.642, 0.297),
 }
 
 

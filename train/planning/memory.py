@@ -194,7 +194,11 @@ def _activations(
 
 
 def _by_kernel(config: HoloConfig, packed: bool) -> bool:
-    """Whether a mixer runs by a kernel on Hopper: attention does without segments."""
+    """Whether a mixer runs by a kernel on Hopper; attention is planned so without segments only.
+
+    Packed rows run by cuDNN as well where there is no window; their plan still holds scores of all pairs,
+    which is more than is needed.
+    """
     if "attention" in config.layer_kinds and not packed:
         return True
     return "holo" in config.layer_kinds and _kernel_supports(config)

@@ -97,7 +97,8 @@ def axis_table() -> Iterator[str]:
                 config = run_config(shape, 1, 8 * TOKENS)
             found = step(config, sizes)
             sent = [one for one in found.sent if name in one.axis]
-            size, hops, count = (sum(each) for each in zip(*(one[2:5] for one in sent), strict=True))
+            size, hops = sum(one.bytes for one in sent), sum(one.hops for one in sent)
+            count = sum(one.collectives for one in sent)
             cells = [f"{size / 1e9:.2f} GB", f"{size / 1e6 / shape.layers:.0f} MB", str(hops)]
             for link in (H100.inside, H100.between):
                 cells.append(f"{link.seconds(size, hops, count) * 1e3:.0f} ms")
