@@ -15,6 +15,7 @@ from eval.common import Reporter
 from eval.results import absent, exact
 from eval.speed_parts.gate import errors
 from eval.speed_parts.timing import failure
+from holo_jax.functional import retrieval_scale
 from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
 from holo_jax.kernels import block, linear_cross_entropy, swiglu, swiglu_runs
 from holo_jax.sequence import short_convolutions, with_tail
@@ -238,6 +239,26 @@ def gated_features_case(rng: np.random.Generator) -> tuple[Callable, Callable, d
     return features_case(rng, gated=True)
 
 
+def scale_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
+    """What retrievals are multiplied by, in packed rows of an odd length longer than a tile."""
+    shape = (2, 3, 1157)
+    inputs = {"gates": rng.uniform(size=shape)}
+    ids = np.stack([np.arange(shape[2]) // 371, np.arange(shape[2]) // 1111])
+    inside = np.stack([np.arange(shape[2]) % 371, np.arange(shape[2]) % 1111])
+    cotangents = [rng.normal(size=(shape[0], shape[2], shape[1])) for _ in range(2)]
+
+    def measured(p: dict) -> Any:
+        found = [block.write_factors(p["gates"], x) for x in (None, jnp.asarray(inside, jnp.int32))]
+        return _weighted(found, cotangents), jnp.stack(found)
+
+    def wanted(p: dict) -> Any:
+        gates = jnp.swapaxes(p["gates"], 1, 2)
+        found = [1.0 / retrieval_scale("sqrt_writes", gates, segment_ids=x) for x in (None, jnp.asarray(ids))]
+        return _weighted(found, cotangents), jnp.stack(found)
+
+    return measured, wanted, inputs
+
+
 def cases() -> dict[str, Callable]:
     """What this device can run, by name."""
     found: dict[str, Callable] = {"denoiser": denoiser_case, "loss": loss_case}
@@ -249,7 +270,7 @@ def cases() -> dict[str, Callable]:
             found["normed denoiser"] = normed_denoiser_case
     if block.mixer_unsupported(rows, 32, 64) is None:
         found |= {"retrieval": retrieval_case, "factors": factors_case}
-        found |= {"features": features_case, "gated features": gated_features_case}
+        found |= {"features": features_case, "gated features": gated_features_case, "scale": scale_case}
     return found
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Float, Int
-from holo_jax.kernels import triton, triton_gated_norm, triton_gelu, triton_norm, triton_phases
+from holo_jax.kernels import triton, triton_gated_norm, triton_gelu, triton_norm, triton_phases, triton_writes
 from holo_jax.kernels.capability import compute_capability, partitioned
 from holo_jax.kernels.triton_norm import Norm
 from holo_jax.kernels.triton_phases import Walk
@@ -31,6 +31,8 @@ _USES = {
 _TOKENS = 64
 _WIDTHS = (128, 256, 512, 1024, 2048, 4096)
 _HEADS = (16, 32, 64, 128)
+# Positions of a row that `write_factors` is for.
+MOST_SCALED = triton_writes.MOST_POSITIONS
 
 
 def uses(backend: str, kind: str) -> bool:
@@ -431,3 +433,35 @@ def _convolved_features_backward(static: Any, saved: Any, cotangents: Any) -> An
 
 _convolved_features = _op(_convolved_features_run)
 _convolved_features.defvjp(_convolved_features_forward, _convolved_features_backward)
+
+
+def write_factors(
+    gates: Float[Array, "b h t"], inside: Int[Array, "b t"] | None, *, eps: float = 1e-6
+) -> Float[Array, "b t h"]:
+    """``1 / retrieval_scale("sqrt_writes", gates)``, by one small kernel each way.
+
+    Args:
+      gates: float32 write gates.
+      inside: positions inside segments, ``[b or 1, t]``; None where every row is one segment.
+      eps: added under the root.
+    """
+    return _write_factors((eps, _interpreted()), gates, inside)
+
+
+def _write_factors_run(static: Any, gates: Array, inside: Array | None) -> Array:
+    eps, interpret = static
+    return triton_writes.forward(gates, inside, eps=eps, interpret=interpret)
+
+
+def _write_factors_forward(static: Any, gates: Array, inside: Array | None) -> tuple[Array, Any]:
+    factors = _write_factors_run(static, gates, inside)
+    return factors, (gates, factors, inside)
+
+
+def _write_factors_backward(static: Any, saved: Any, cotangent: Array) -> Any:
+    gates, factors, inside = saved
+    return triton_writes.backward(gates, factors, inside, cotangent, interpret=static[1]), None
+
+
+_write_factors = _op(_write_factors_run)
+_write_factors.defvjp(_write_factors_forward, _write_factors_backward)

@@ -27,6 +27,7 @@ class Walk(NamedTuple):
       rows: runs of a tile.
       steps: positions of a run.
       tiles: tiles of a program.
+      warps: warps of a program.
       gated: whether the first gate multiplies the features of write phases.
       interpret: run in Pallas' interpreter, anywhere.
     """
@@ -36,6 +37,7 @@ class Walk(NamedTuple):
     rows: int = 8
     steps: int = 16
     tiles: int = 2
+    warps: int = 4
     gated: bool = False
     interpret: bool = False
 
@@ -283,4 +285,4 @@ def _grid(walk: Walk, b: int, t: int, width: int) -> tuple[int, int, int]:
 
 
 def _parameters(walk: Walk) -> Any:
-    return None if walk.interpret else plgpu.CompilerParams(num_warps=4, num_stages=1)
+    return None if walk.interpret else plgpu.CompilerParams(num_warps=walk.warps, num_stages=1)

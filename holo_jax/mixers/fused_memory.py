@@ -123,7 +123,10 @@ def _mix(mixer: MemoryMixer, context: Context, values: Array, gate: Array, raw: 
     )
     factors = None
     if config.read_scale == "sqrt_writes":
-        factors = 1.0 / retrieval_scale(config.read_scale, gates, segment_ids=context.segment_ids)
+        if t <= kernels.block.MOST_SCALED:
+            factors = kernels.block.write_factors(opened[0], inside)
+        else:
+            factors = 1.0 / retrieval_scale(config.read_scale, gates, segment_ids=context.segment_ids)
     return kernels.block.gated_product(
         retrieved, factors, gate, mixer.head_norm.weight[...], mixer.out.whole_weight, eps=config.norm_eps
     )

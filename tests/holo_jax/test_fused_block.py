@@ -67,12 +67,13 @@ def test_the_gate_passes_in_the_interpreter(interpreted, monkeypatch):
         "factors",
         "features",
         "gated features",
+        "scale",
     ]
     found = block_gate.cases()
     monkeypatch.setattr(block_gate, "cases", lambda: {name: found[name] for name in names})
     reporter = Reporter("speed", Settings(), (0,), out=None, command="")
     assert block_gate.run(reporter, seed=0)
-    assert len(reporter.values) == 6 + 7 + 8 + 6 + 3 + 4 + 4
+    assert len(reporter.values) == 6 + 7 + 8 + 6 + 3 + 4 + 4 + 2
 
 
 @pytest.mark.parametrize("changes", [dict(erase=False), dict(preset="seed")])
