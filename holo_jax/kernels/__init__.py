@@ -5,11 +5,13 @@ that is installed, whose hardware is present and that supports the call, else th
 asked for by name runs or raises ``BackendUnavailableError``: it is never replaced.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
+from holo_jax.functional import accumulate_parts as _parts
 from holo_jax.kernels import block, capability, ensemble, hopper, triton
 from holo_jax.kernels.call import READ_NAME, Call
 from holo_jax.kernels.capability import BackendUnavailableError
@@ -24,6 +26,7 @@ __all__ = [
     "Backend",
     "BackendUnavailableError",
     "accumulate",
+    "accumulate_parts",
     "available",
     "block",
     "capability",
@@ -109,6 +112,35 @@ def accumulate(
     if backend == "ensemble" and chosen != "portable":
         return ensemble.accumulate(_KERNELS[chosen].accumulate, call)
     return _run(call, chosen)
+
+
+def accumulate_parts(
+    axis: str,
+    write_phases: Array,
+    read_phases: Array,
+    values: Array,
+    gates: Array | None = None,
+    erase: Array | None = None,
+    *,
+    backend: str = "auto",
+    **options: Any,
+) -> tuple[Array, MemoryState, MemoryState]:
+    """``holo_jax.functional.accumulate_parts`` along ``axis``, each part by a chosen backend.
+
+    Raises:
+      ValueError: for an unknown backend.
+      BackendUnavailableError: if a kernel named by ``backend`` cannot run a part.
+    """
+    inputs = (write_phases, read_phases, values, gates, erase)
+    chosen = choose(Call(*inputs, **options), backend)
+    total = _hopper_total if chosen == "hopper" else None
+    return _parts(partial(accumulate, backend=backend), axis, *inputs, total=total, **options)
+
+
+def _hopper_total(
+    write_phases: Array, values: Array, gates: Array | None, erase: Array, **options: Any
+) -> tuple[Array, Array]:
+    return hopper.total(Call(write_phases, write_phases, values, gates, erase, **options))
 
 
 def _run(call: Call, backend: str) -> tuple[Array, MemoryState]:

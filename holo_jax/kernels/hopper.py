@@ -148,6 +148,49 @@ def accumulate_features(
     return outputs, MemoryState(memory, jnp.zeros_like(memory), total_writes(call))
 
 
+def total(call: Call) -> tuple[Array, Array]:
+    """What becomes of a memory under the erase rule, ``M_out = A M_in + B``, without outputs or gradient.
+
+    For a call that ``unsupported`` accepts, with ``erase``. ``A [b, h, 2 m, 2 m]`` and ``B [b, h, 2 m, d]``,
+    float32, are over the real state. The kernels are those by which ``accumulate`` divides few long rows
+    among a card's multiprocessors, called as there, so that the compiler may compute both once.
+    """
+    from jla.ops.mosaic_gpu import gated_delta_rule_kernels, scalar_gate, scalar_gate_docs
+    from jla.ops.mosaic_gpu._common import chunk_log2_decay, head_major, pad_time, segment_vectors
+
+    assert call.erase is not None
+    b, t, h, d = call.values.shape
+    keys = phasor_features(call.write_phases, call.values.dtype)
+    keys = jnp.broadcast_to(keys, (b, t, h, keys.shape[-1]))
+    gates = jnp.ones((b, t, h), jnp.float32) if call.gates is None else call.gates.astype(jnp.float32)
+    strength = raised(call.erase.astype(jnp.float32), gates)
+    values = _scaled(call.values, gates / strength)
+
+    pieces = scalar_gate.pieces(b, h, d, t, delta=True)
+    pad = -t % (_CHUNK * pieces)
+    segments = None if call.segment_ids is None else segment_vectors(call.segment_ids, pad)
+    keys, values, strength = pad_time(keys, pad), pad_time(values, pad), head_major(strength, pad)
+    decay = chunk_log2_decay(None, b, t, h, pad)
+    inverse = gated_delta_rule_kernels.kkt_fwd(keys, strength, seg=segments, interpret=None)
+    maps = scalar_gate_docs.map_fwd_wy(
+        keys, values, inverse, decay, strength, seg=segments, cp=pieces, need_last=True, need_first=True
+    )
+    maps = jnp.swapaxes(maps.reshape(b, pieces, h, -1, keys.shape[-1]), -1, -2)
+    return joined(maps)
+
+
+def joined(maps: Array) -> tuple[Array, Array]:
+    """(A, B) of pieces one after the other, each given as ``[A | B]``: ``[b, pieces, h, k, k + d]``."""
+    k = maps.shape[-2]
+    whole = maps[:, 0]
+    for piece in range(1, maps.shape[1]):
+        after = jnp.einsum(
+            "bhij,bhjd->bhid", maps[:, piece, ..., :k], whole, precision=jax.lax.Precision.HIGHEST
+        )
+        whole = after.at[..., k:].add(maps[:, piece, ..., k:])
+    return whole[..., :k], whole[..., k:]
+
+
 def _sum(
     queries: Array, keys: Array, values: Array, implementation: str, options: dict[str, Any]
 ) -> tuple[Array, Array]:

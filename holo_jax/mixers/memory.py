@@ -1,6 +1,5 @@
 """The phasor memory as a module: phases, gates, accumulation, retrieval, output."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,6 @@ from holo_jax.array_types import Array, Float, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import (
     MemoryState,
-    accumulate_parts,
     init_memory,
     phases_at,
     retrieval_scale,
@@ -247,9 +245,9 @@ class MemoryMixer(nnx.Module):
         b, t, h, _ = values.shape
         if state is not None:
             state = jax.tree.map(lambda leaf: keep_rows(leaf, context.continues), state)
-        accumulate: Any = partial(kernels.accumulate, backend=config.memory_backend)
         axis = sequence_axis()
         options: dict[str, Any] = dict(
+            backend=config.memory_backend,
             binding=config.binding,
             method="recurrent" if t == 1 else config.memory_method,
             segment_ids=context.segment_ids,
@@ -257,9 +255,9 @@ class MemoryMixer(nnx.Module):
             chunk_size=config.chunk_size or None,
         )
         if axis is None:
-            y, after = accumulate(write, read, values, gates, erase, **options)
+            y, after = kernels.accumulate(write, read, values, gates, erase, **options)
         else:
-            y, state, after = accumulate_parts(accumulate, axis, write, read, values, gates, erase, **options)
+            y, state, after = kernels.accumulate_parts(axis, write, read, values, gates, erase, **options)
         assert_dtype(y, config.precision.memory, "retrieval")
         if config.read_scale == "none":
             return y, after

@@ -113,3 +113,17 @@ def relative_error(x, y):
     x, y = np.asarray(x), np.asarray(y)
     assert x.shape == y.shape
     return float(np.max(np.abs(x - y)) / max(np.max(np.abs(y)), 1e-30))
+
+
+def part_maps(write_phases, values, gates, erase, *, segment_ids=None, **options):
+    """``(A, B)`` of the erase rule over a part, by a value channel for each entry of the state before it."""
+    b, t, h, d = values.shape
+    m, dtype = write_phases.shape[-1], write_phases.dtype
+    widened = jnp.concatenate([values, jnp.zeros((b, t, h, 2 * m), values.dtype)], -1)
+    start = jnp.zeros((b, h, 2 * m, d + 2 * m), dtype).at[..., d:].set(jnp.eye(2 * m, dtype=dtype))
+    memory = jax.lax.complex(*jnp.split(start, 2, axis=-2))
+    begin = MemoryState(memory, jnp.zeros_like(memory), jnp.zeros((b, h), dtype))
+    options |= dict(segment_ids=segment_ids, initial_state=begin)
+    after = accumulate(write_phases, write_phases, widened, gates, erase, **options)[1].memory
+    real = jnp.concatenate([after.real, after.imag], axis=-2)
+    return real[..., d:], real[..., :d]

@@ -10,6 +10,7 @@ import pytest
 
 from holo_jax.functional import accumulate
 from holo_jax.kernels import hopper
+from tests.functional.cases import part_maps
 
 Calls = list[tuple[Any, ...]]
 
@@ -48,6 +49,13 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         calls.append(("memory", call.values.shape))
         return accumulate(**call._asdict())
 
+    def total(call):
+        calls.append(("total", call.values.shape))
+        given = call._asdict()
+        for name in ("read_phases", "initial_state"):
+            del given[name]
+        return part_maps(**given)
+
     for name, members in (
         ("jla", {}),
         ("jla.ops", {}),
@@ -63,4 +71,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
             monkeypatch.setattr(sys.modules[parent], own, module, raising=False)
     monkeypatch.setattr(hopper, "missing", lambda: None)
     monkeypatch.setattr(hopper, "accumulate", memory)
+    monkeypatch.setattr(hopper, "total", total)
     return calls
