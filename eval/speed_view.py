@@ -56,14 +56,16 @@ def _rates(results: Results, part: str, names: tuple[str, ...]) -> list[tuple]:
             _one(results, metric, **value.where)
             for metric in ("share_of_product_rate", "peak_gib", "compile_seconds")
         ]
-        settings = " ".join(f"{k}={value.where[k]}" for k in names if value.where.get(k) not in ("", 0))
-        name = value.where["model"]
-        rows.append((name, value.where["length"], settings, cell(value, 0), *(cell(v, 2) for v in found)))
+        settings = " ".join(f"{k}={value.where[k]}" for k in names if value.where.get(k) not in (None, "", 0))
+        products = _one(results, "product_parameters", **value.where)
+        millions = "" if products is None or products.value is None else f"{products.value / 1e6:.1f}"
+        name, length = value.where["model"], value.where["length"]
+        rows.append((name, length, settings, cell(value, 0), millions, *(cell(v, 2) for v in found)))
     return rows
 
 
-_FORM = ("remat", "unroll", "chunk", "loss", "backend", "block", "gemm", "tokens")
-_HEAD = ("tokens/s", "share of product rate", "peak GiB", "compile s")
+_FORM = ("hd", "head", "remat", "unroll", "chunk", "loss", "backend", "block", "gemm", "tokens")
+_HEAD = ("tokens/s", "M in products", "share of product rate", "peak GiB", "compile s")
 
 
 def _steps(results: Results) -> str:

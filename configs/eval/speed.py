@@ -3,6 +3,7 @@
 Command:  python -m eval.speed --config=configs/eval/speed.py --out=runs/speed
           the comparison of steps with PyTorch: --config=configs/eval/speed.py:step (4 minutes on 16 cores);
           with the linear models of fla: --config=configs/eval/speed.py:linear
+          one size in products, other shapes of the memory: --config=configs/eval/speed.py:shapes
           every model against length, 2k to 256k tokens a row: --config=configs/eval/speed.py:lengths
           memory op, mixer and inference, without steps: --config=configs/eval/speed.py:alone
           one part: --config.parts="('train',)"; a few programs: --config.train="('holo@2048 remat=dots',)"
@@ -22,6 +23,13 @@ _MAIN = (
     "holo@16384 remat=dots unroll=12 loss=4096",
     "attention@16384 remat=dots unroll=12",
     "seed@16384 remat=dots unroll=12",
+)
+_SHAPES = (
+    "holo_sum@2048 remat=none unroll=12 loss=4096",
+    "holo_sum@2048 remat=none unroll=12 loss=8192 hd=896 gemm=cublas",
+    "holo_sum@2048 remat=none unroll=12 loss=8192 head=128",
+    "holo@2048 remat=none unroll=12 loss=4096 hd=896",
+    "seed@2048 remat=none unroll=12 loss=8192",
 )
 # One form at all lengths; rows longer than a step's tokens are one row.
 _LONG = (
@@ -117,6 +125,17 @@ _VARIANTS = {
         portable_chunks=(),
         profile=(),
         peers=("llama@2048", "seed@2048", "llama@16384", "seed@16384"),
+        copy_bytes=2**30,
+        workers=12,
+    ),
+    # Shapes of the memory within 5% of one size in products, and chunks of the loss.
+    "shapes": dict(
+        parts=("peers", "train"),
+        train=_SHAPES,
+        train_long=(),
+        profile=_SHAPES,
+        peers=("llama@2048", "seed@2048"),
+        train_samples=4,
         copy_bytes=2**30,
         workers=12,
     ),

@@ -199,9 +199,9 @@ def retrieval_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
 
 
 def features_case(rng: np.random.Generator, *, gated: bool = False) -> tuple[Callable, Callable, dict]:
-    """Features of convolved phases and two gates a head, in packed rows of an odd length."""
+    """Features of convolved phases and two gates a head, in packed rows of an odd length and width."""
     heads, m, taps, time = 2, 32, 4, 157
-    inputs = {"raw": 3 * rng.normal(size=(2, time, heads * m + 2 * heads))}
+    inputs = {"raw": 3 * rng.normal(size=(2, time, heads * m + 2 * heads + 3))}
     inputs["taps"] = rng.normal(size=(2, taps, heads * m))
     inputs["bias"] = rng.normal(size=(2, heads))
     inside = np.stack([np.arange(time) % 37, np.arange(time) % 111]).astype(np.uint32)
@@ -221,7 +221,7 @@ def features_case(rng: np.random.Generator, *, gated: bool = False) -> tuple[Cal
         return _weighted((keys, queries, *gates), cotangents), _flat(keys, queries, *gates)
 
     def wanted(p: dict) -> Any:
-        phases, *raw_gates = jnp.split(p["raw"], (heads * m, heads * m + heads), axis=-1)
+        phases, *raw_gates = jnp.split(p["raw"], heads * m + heads * np.arange(3), axis=-1)[:3]
         past = with_tail(phases, taps - 1)
         convolved = short_convolutions(past, tuple(p["taps"]), jnp.asarray(inside))
         shaped = [x.reshape(2, time, heads, m) for x in convolved]

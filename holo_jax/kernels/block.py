@@ -105,6 +105,15 @@ def _apart(x: Array, cotangent: Array) -> tuple[Array, Array]:
     return jax.lax.optimization_barrier((x, cotangent))
 
 
+def _products(x: Array, weights: Any, dtypes: Any) -> tuple[Array, ...]:
+    """Products of x, each of its own as in ``_apart``; weights stay where the compiler can slice them."""
+    found = []
+    for weight, dtype in zip(weights, dtypes, strict=True):
+        found.append(_product(x, weight, dtype))
+        x = jax.lax.optimization_barrier(x)
+    return tuple(found)
+
+
 def normed(
     x: Float[Array, "b t e"], scale: Float[Array, "e"], bias: Float[Array, "e"] | None, *, eps: float
 ) -> Float[Array, "b t e"]:
@@ -165,7 +174,7 @@ def normed_products(
 def _normed_products_run(static: Any, x: Any, delta: Any, scale: Any, bias: Any, weights: Any) -> Any:
     norm, dtypes = static
     total, rows = triton_norm.forward(norm, x, delta, scale, bias)
-    return total, tuple(_product(rows, w, dtype) for w, dtype in zip(weights, dtypes, strict=True))
+    return total, _products(rows, weights, dtypes)
 
 
 def _normed_products_forward(static: Any, x: Any, delta: Any, scale: Any, bias: Any, weights: Any) -> Any:
@@ -392,7 +401,8 @@ def convolved_features(
     which then is rounded together with them.
 
     Args:
-      raw: float32 raw phases, then g raw gates a head: ``w = f + g h``, gates of one kind side by side.
+      raw: float32 raw phases, then g raw gates a head, those of one kind side by side: ``w = f + g h``, or
+        more, and columns behind those are ignored.
       taps: float32 of the write and of the read convolution.
       bias: float32, added to the raw gates.
       inside: positions inside segments, ``[b or 1, t]``; None where every row is one segment.

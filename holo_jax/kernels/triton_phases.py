@@ -3,7 +3,8 @@
 A program owns one head of one row and walks a stretch of time in tiles of ``rows`` runs of ``steps``
 positions. A run is walked position by position with the last few phases in registers, so a convolution costs
 no further reads but a few positions at the border of a run. The gates of a head stand in columns of their own
-behind all phases; the first of them, the write gate, may multiply the keys (Pallas, lowered to Triton).
+behind all phases; the first of them, the write gate, may multiply the keys. Columns behind those are ignored
+(Pallas, lowered to Triton).
 """
 
 import math
@@ -84,6 +85,12 @@ class _Place:
         here = (times >= 0) & (times < self.time)
         plgpu.store(ref.at[self.row, times, column], x.astype(ref.dtype), mask=here)
 
+    def clear_columns(self, ref: Any, times: Array, first: int) -> None:
+        """Stores 0 in the columns from ``first`` on; one head's programs do."""
+        here = (times >= 0) & (times < self.time) & (self.head == 0)
+        for column in range(first, ref.shape[-1]):
+            plgpu.store(ref.at[self.row, times, column], jnp.zeros(times.shape, ref.dtype), mask=here)
+
     def load_gate(self, ref: Any, times: Array) -> Array:
         """``[rows]`` of the head of ``[b, h, t]``, 0 outside of the row."""
         here = (times >= 0) & (times < self.time)
@@ -142,7 +149,8 @@ def forward(
 
     Args:
       walk: shape of a program.
-      raw: float32 ``[b, t, w + g h]``: raw phases, then g raw gates a head, those of one kind side by side.
+      raw: float32 ``[b, t, w + g h]`` or wider: raw phases, then g raw gates a head, those of one kind side
+        by side.
       taps: float32 ``[2, k, w]`` of the write and the read convolution.
       bias: float32 ``[g, h]``, added to the raw gates.
       inside: int32 positions inside segments, ``[b or 1, t]``; None where every row is one segment.
@@ -202,7 +210,10 @@ def backward(
     d_queries: Array,
     d_gates: tuple[Array, ...],
 ) -> tuple[Array, Array, Array]:
-    """Gradients of ``raw`` in the dtype of ``d_keys``, and of ``taps`` and ``bias`` in float32."""
+    """Gradients of ``raw`` in the dtype of ``d_keys``, and of ``taps`` and ``bias`` in float32.
+
+    That of the columns that are ignored is 0.
+    """
     b, t, _ = raw.shape
     width, (count, heads) = taps.shape[-1], bias.shape
     scale = 1.0 / math.sqrt(walk.m)
@@ -247,6 +258,7 @@ def backward(
                     for delay in range(min(k, len(open_))):
                         open_[-1 - delay] = open_[-1 - delay] + _within(reach, delay, own[delay] * pull)
                 if own_step:
+                    place.clear_columns(outs["d_raw"], times, width + count * heads)
                     for kind, (gate, d_gate) in enumerate(zip(opened, d_opened, strict=True)):
                         # 0 outside of the row, where both parts of the gradient are.
                         d_raw = d_gate * gate * (1.0 - gate)

@@ -20,6 +20,9 @@ from holo_jax.mixers.context import Context
 from holo_jax.mixers.memory import MemoryMixer
 from holo_jax.parallel import sequence_axis, whole
 
+# Rows of products whose width is no multiple of 16 bytes are copied to some that are.
+_ALIGNED = 8
+
 
 def unsupported(mixer: MemoryMixer, x: Array, context: Context) -> str | None:
     """Why ``mix`` cannot stand in for the mixer on this input, or None."""
@@ -85,6 +88,7 @@ def after_norm(
     # Gates are a few columns each: they ride along with the phases, which have the same dtype.
     phases = jnp.concatenate([getattr(mixer, n).weight[...] for n in ("phases", *narrow)], axis=1)
     phases = whole(phases, mixer.phases.axes, config.precision.storage)
+    phases = jnp.pad(phases, ((0, 0), (0, -phases.shape[1] % _ALIGNED)))
     weights = (mixer.values.whole_weight, mixer.gate.whole_weight, phases)
     dtypes = (x.dtype, x.dtype, jnp.dtype(config.precision.phases))
     if norm.fuses(x):

@@ -51,6 +51,8 @@ def test_variants_are_parsed_and_refused():
         512,
     )
     assert variant.batch(32_768) == 16 and parse_variant("holo@65536").batch(32_768) == 1
+    shaped = parse_variant("holo_sum@2048 hd=256 head=128").config(SMALL)
+    assert (shaped.hd_dim, shaped.head_dim, shaped.num_heads) == (256, 128, 2)
     for text, message in (
         ("holo", "must look like"),
         ("rwkv@64", "names the model 'rwkv'"),
@@ -62,7 +64,13 @@ def test_variants_are_parsed_and_refused():
             parse_variant(text)
 
 
-@pytest.mark.parametrize("variant", ["step", "linear", "lengths", "alone"])
+def test_shapes_have_one_size_in_products():
+    for text in load_config("speed", "shapes").train:
+        config = parse_variant(text).config(Size(12, 1024, 32_000))
+        assert abs(product_parameters(config) / TARGET_PRODUCTS - 1) < 0.05, text
+
+
+@pytest.mark.parametrize("variant", ["step", "shapes", "linear", "lengths", "alone"])
 def test_every_variant_is_valid(variant):
     freeze(speed.Settings, load_config("speed", variant))
 
