@@ -77,6 +77,7 @@ def draw(
     starts = rng.random((batch, t)) < 0.02
     others = {
         "segment_ids": np.cumsum(starts, 1).astype(np.int32) if case.packed else None,
+        "factors": rng.uniform(0.1, 1.0, size=(batch, t)) if case.binding == "hadamard" else None,
         "d_outputs": rounded(wide(batch, t, heads, d)),
         "d_memory": (wide(*shape), wide(*shape)),
     }
@@ -102,6 +103,8 @@ def objective(function: Any, case: Case, dtype: Any, inputs: dict, others: dict,
         initial_state=state,
         **options,
     )
+    if others["factors"] is not None and "factors" not in options:
+        outputs = outputs * others["factors"][..., None, None]
     memory = after.memory + after.residue
     total = jnp.sum(outputs.astype(wide) * others["d_outputs"])
     total += jnp.sum(memory.real * others["d_memory"][0]) + jnp.sum(memory.imag * others["d_memory"][1])
@@ -180,8 +183,8 @@ class Gate:
 
 def _job(backend: str, case: Case, narrow: Any) -> Job:
     def function(inputs: dict, others: dict) -> Any:
-        dtype = jnp.dtype(case.dtype)
-        return objective(kernels.accumulate, case, dtype, inputs, others, backend=backend)
+        options = {"backend": backend, "factors": others["factors"]}
+        return objective(kernels.accumulate, case, jnp.dtype(case.dtype), inputs, others, **options)
 
     return Job(
         {"backend": backend, "case": case.label},

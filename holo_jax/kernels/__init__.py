@@ -8,6 +8,8 @@ asked for by name runs or raises ``BackendUnavailableError``: it is never replac
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax
+
 from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
@@ -99,9 +101,15 @@ def accumulate(
     erase: Array | None = None,
     *,
     backend: str = "auto",
+    factors: Array | None = None,
     **options: Any,
 ) -> tuple[Array, MemoryState]:
     """``holo_jax.functional.accumulate`` by a chosen backend; arguments and results are the same.
+
+    Args:
+      write_phases, read_phases, values, gates, erase, options: see there.
+      backend: which form runs.
+      factors: float32 ``[1 or b, t]``, what outputs are multiplied by; no gradient is taken of them.
 
     Raises:
       ValueError: for an unknown backend.
@@ -109,9 +117,15 @@ def accumulate(
     """
     call = Call(write_phases, read_phases, values, gates, erase, **options)
     chosen = choose(call, backend)
+    # Behind a border: fused, what makes a factor would be computed once an element.
+    factors = None if factors is None else jax.lax.optimization_barrier(jax.lax.stop_gradient(factors))
     if backend == "ensemble" and chosen != "portable":
-        return ensemble.accumulate(_KERNELS[chosen].accumulate, call)
-    return _run(call, chosen)
+        outputs, state = ensemble.accumulate(_KERNELS[chosen].accumulate, call)
+    elif chosen == "triton":
+        return triton.accumulate(call, factors=factors)
+    else:
+        outputs, state = _run(call, chosen)
+    return (outputs if factors is None else outputs * factors[..., None, None]), state
 
 
 def accumulate_parts(

@@ -68,6 +68,7 @@ def unsupported(call: Call) -> str | None:
 def accumulate(
     call: Call,
     *,
+    factors: Array | None = None,
     plain: Tiling | None = None,
     turning: Tiling | None = None,
     pieces: int | None = None,
@@ -77,6 +78,7 @@ def accumulate(
 
     Args:
       call: the arguments.
+      factors: float32 ``[1 or b, t]``, constants that outputs are multiplied by before they are rounded.
       plain, turning: shapes of the programs without and with gradients of phases; defaults if None.
       pieces: pieces of time; chosen by the number of rows and channels if None.
       interpret: run in Pallas' interpreter, anywhere; then with polynomial sines only.
@@ -94,6 +96,8 @@ def accumulate(
     inputs = {name: x.reshape(*x.shape[:2], h * d) for name, x in inputs.items()}
     if call.gates is not None:
         inputs["gates"] = call.gates.astype(jnp.float32)
+    if factors is not None:
+        inputs["factors"] = factors
     state = call.initial_state
     if state is None:
         inputs["start"] = (jnp.zeros((b, h * d), jnp.float32),) * 4
@@ -188,7 +192,7 @@ def _ends(
     b, width = d_end[0].shape
     shape = (b, plan.pieces, width)
     zeros = (jnp.zeros(shape, jnp.float32),) * 2
-    first = {name: x for name, x in inputs.items() if name in ("write", "read", "d_outputs")}
+    first = {name: x for name, x in inputs.items() if name in ("write", "read", "factors", "d_outputs")}
     if "read" in first:
         first["write"] = first.pop("read")
     found = launch(
@@ -279,6 +283,8 @@ def _memory_bwd(static: _Static, saved: Any, cotangents: Any) -> tuple[Any, None
     gradients: dict[str, Any] = {"values": found["d_values"]}
     if "gates" in inputs:
         gradients["gates"] = found["d_gates"].reshape(b, t, plan.heads, -1).sum(-1)
+    if "factors" in inputs:
+        gradients["factors"] = jnp.zeros_like(inputs["factors"])
     for name in ("write", "read"):
         if name not in inputs:
             continue

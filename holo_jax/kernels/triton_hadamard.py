@@ -24,9 +24,9 @@ Refs = dict[str, Any]
 def forward_kernel(plan: Plan, inputs: Refs, outputs: Refs) -> None:
     """One program of the forward pass.
 
-    Inputs, by name: ``write`` and ``values``; ``read`` (absent: the same as ``write``), ``gates``, ``runs``;
-    ``start``: the state before every piece. Outputs, each where wanted: ``outputs``, ``states`` (before every
-    tile) and ``end`` (after every piece).
+    Inputs, by name: ``write`` and ``values``; ``read`` (absent: the same as ``write``), ``gates``, ``runs``,
+    ``factors`` of the outputs; ``start``: the state before every piece. Outputs, each where wanted:
+    ``outputs``, ``states`` (before every tile) and ``end`` (after every piece).
     """
     program = Program(plan)
     tiling = plan.tiling
@@ -73,7 +73,10 @@ def forward_kernel(plan: Plan, inputs: Refs, outputs: Refs) -> None:
             for step, (sine, cosine) in enumerate(read_keys):
                 sees = None if here is None else equal(here[step], before)
                 real, imag = (s + where(sees, p) for s, p in zip(sums[step], prefix, strict=True))
-                program.store(outputs["outputs"], times[step], cosine * real + sine * imag)
+                found = cosine * real + sine * imag
+                if "factors" in inputs:
+                    found = found * program.factor(inputs["factors"], times[step])
+                program.store(outputs["outputs"], times[step], found)
         after: list[Array] = []
         for part in (0, 1):
             total = sums[-1][part]
@@ -119,6 +122,10 @@ def backward_kernel(plan: Plan, inputs: Refs, outputs: Refs) -> None:
         queries = [program.load(inputs["read" if apart else "write"], t) for t in times]
         phases = [program.load(inputs["write"], t) for t in times] if apart and full else queries
         cotangents = [program.load(inputs["d_outputs"], t) for t in times]
+        if "factors" in inputs:
+            cotangents = [
+                c * program.factor(inputs["factors"], t) for c, t in zip(cotangents, times, strict=True)
+            ]
         values: Any = [program.load(inputs["values"], t) for t in times] if valued else None
         gates = (
             [program.gate(inputs["gates"], t, width) for t in times] if full and "gates" in inputs else None

@@ -138,6 +138,11 @@ class Program:
         head = self.first // width
         return self._masked(ref.at[self.row, times, head], times, 1)[:, None]
 
+    def factor(self, ref: Any, times: Array) -> Array:
+        """``[rows, 1]``: what positions are multiplied by."""
+        row = 0 if ref.shape[0] == 1 else self.row
+        return self._masked(ref.at[row, times], times, 1)[:, None]
+
     def _masked(self, view: Any, times: Array, ndim: int) -> Array:
         if not self.masked:
             return plgpu.load(view).astype(jnp.float32)

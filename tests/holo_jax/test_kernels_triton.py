@@ -38,7 +38,7 @@ def draw(time, *, packed, gated, shared, rows=B, dtype="float64"):
     return inputs, segments, weights
 
 
-def objective(function, segments, weights, inputs):
+def objective(function, segments, weights, inputs, factors=None):
     state = None
     if "state" in inputs:
         a, b, c, d = inputs["state"]
@@ -57,6 +57,8 @@ def objective(function, segments, weights, inputs):
             initial_state=state,
         )
     )
+    if factors is not None:
+        outputs = outputs * factors[..., None, None].astype(outputs.dtype)
     memory = after.memory + after.residue
     total = sum(jnp.sum(x * w) for x, w in zip((outputs, memory.real, memory.imag), weights, strict=True))
     return total + jnp.sum(after.writes), (outputs, memory.real, memory.imag)
@@ -66,14 +68,15 @@ def definition(call):
     return accumulate(**{**call._asdict(), "method": "recurrent"})
 
 
-def compare(function, case, limit, differentiated=None):
-    """Values and gradients of ``function`` in float32 against the definition in float64."""
+def compare(function, case, limit, differentiated=None, factors=None):
+    """Values and gradients of ``function`` in float32 against the definition, times factors, in float64."""
     inputs, segments, weights = case
     names = differentiated or tuple(inputs)
 
     def run(function, inputs, weights):
         def of(chosen):
-            return objective(function, segments, weights, {**inputs, **chosen})
+            own = factors if function is definition else None
+            return objective(function, segments, weights, {**inputs, **chosen}, own)
 
         chosen = {name: inputs[name] for name in names}
         return jax.value_and_grad(of, has_aux=True)(chosen)
@@ -91,8 +94,9 @@ def compare(function, case, limit, differentiated=None):
         assert np.linalg.norm(mine - right) < limit * np.linalg.norm(right)
 
 
-def interpreted(pieces=1):
-    return lambda call: triton.accumulate(call, plain=SMALL, turning=SMALL, pieces=pieces, interpret=True)
+def interpreted(pieces=1, **options):
+    options |= dict(plain=SMALL, turning=SMALL, pieces=pieces, interpret=True)
+    return lambda call: triton.accumulate(call, **options)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +119,15 @@ def test_phases_without_gradient():
     compare(interpreted(2), case, 2e-6, differentiated=("values", "gates", "state"))
 
 
+@pytest.mark.parametrize("rows", [1, B])
+def test_outputs_are_multiplied_by_factors(rows):
+    """In pieces of packed rows from a state, with and without gradients of phases."""
+    factors = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1.0, size=(rows, 93)), jnp.float32)
+    case = draw(93, packed=True, gated=True, shared=rows == 1, rows=rows)
+    names = ("values", "gates", "state") if rows == 1 else None
+    compare(interpreted(2, factors=factors), case, 2e-6, names, factors)
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_kernels_lower_for_a_gpu(turned):
     """All that happens before the device's own compiler: what the interpreter accepts, Triton may not."""
@@ -126,7 +139,7 @@ def test_kernels_lower_for_a_gpu(turned):
         def run(values, gates, moved):
             write = phases + moved if turned else phases
             asked = Call(write, write, values, gates, None, "hadamard", segment_ids=segments)
-            return triton.accumulate(asked, pieces=2)[0]
+            return triton.accumulate(asked, factors=jnp.ones((1, 321)), pieces=2)[0]
 
         outputs, pull = jax.vjp(run, values, gates, phases)
         return pull(outputs)
