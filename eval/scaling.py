@@ -41,9 +41,10 @@ from eval.speed_parts.timing import (
     say,
 )
 from holo_jax.config import HoloConfig
+from holo_jax.exchange import Exchange
 from holo_jax.parallel import BATCH_AXES, DATA, MESH_AXES, SEQ
 from train.collectives import KINDS, collectives
-from train.compilation import compiler_options
+from train.compilation import JOINED, compiler_options
 from train.loop import build
 from train.run_config import MeshConfig, OptimizerConfig
 from train.sharding import batch_sharding, make_mesh, put_batch, replicated
@@ -75,6 +76,8 @@ class Case(NamedTuple):
       strong: 1 keeps the whole problem the same on one device, 0 the share of a device.
       remat, unroll, model, block: of the model; ``block`` is its ``block_backend``. What one device runs and
         a mesh does not (along ``seq`` and ``tensor``) is no loss of scaling: name there what both run.
+      reshard_after_forward, reduce_dtype, transport: of the mesh (``holo_jax.exchange``); 1 or 0, and names.
+      joined: MiB up to which collectives are joined.
       overlap: 1 compiles as training does (``train.compilation``), 0 without its options.
       between: 1 measures powers of two between one device and all as well.
     """
@@ -89,6 +92,24 @@ class Case(NamedTuple):
     overlap: int = 1
     block: str = "auto"
     between: int = 1
+    reshard_after_forward: int = 1
+    reduce_dtype: str = "float32"
+    transport: str = "collectives"
+    joined: int = JOINED >> 20
+
+    @property
+    def exchange(self) -> Exchange:
+        """How its devices send."""
+        return MeshConfig(
+            devices=0,
+            data=-1,
+            fsdp=1,
+            seq=1,
+            tensor=1,
+            reshard_after_forward=bool(self.reshard_after_forward),
+            reduce_dtype=self.reduce_dtype,
+            transport=self.transport,
+        ).exchange
 
     def shape(self, devices: int, largest: int) -> tuple[int, int]:
         """Rows and tokens of the batch on ``devices`` devices, of at most ``largest``.
@@ -124,7 +145,8 @@ def parse_case(text: str) -> Case:
             raise ValueError(f"case {text!r} has the unknown key {key!r}")
         options[key] = int(value) if kinds[key] is int else value
     case = Case(match[1], int(match[2]), **options)
-    for name in ("strong", "overlap", "between"):
+    _ = case.exchange  # refuses what is none
+    for name in ("strong", "overlap", "between", "reshard_after_forward"):
         if getattr(case, name) not in (0, 1):
             raise ValueError(f"case {text!r} has {name} {getattr(case, name)}; it must be 0 or 1")
     return case
@@ -196,14 +218,16 @@ class Plan(NamedTuple):
     @property
     def key(self) -> tuple:
         """What its program depends on; cases may share one, that of one device say."""
-        return id(self.steps), self.rows, self.length, self.devices == 1 or self.case.overlap
+        compiled = None if self.devices == 1 else (self.case.overlap, self.case.joined)
+        return id(self.steps), self.rows, self.length, compiled
 
     def job(self, options: dict[str, Any]) -> Job:
         """The train step, to be compiled."""
         ids = jax.ShapeDtypeStruct((1, self.rows, self.length), np.int32)
         batch = {"tokens": ids, "segment_ids": ids}
-        if not self.case.overlap:
-            options = (compiler_options(self.mesh, overlap=False) or {}) | options
+        case = self.case
+        own = compiler_options(self.mesh, case.exchange, overlap=bool(case.overlap), joined=case.joined << 20)
+        options = (own or {}) | options
         return Job(self.where, lambda: self.steps.train.lower(self.steps.shapes, batch), options or None)
 
     def start(self, seed: int) -> Any:
@@ -231,7 +255,9 @@ def make_plan(case: Case, size: Size, devices: int, largest: int) -> Plan:
     def on(count: int, model: HoloConfig) -> tuple[Any, Any]:
         axes = {axis: count if axis == case.axis else 1 for axis in MESH_AXES}
         mesh = make_mesh(MeshConfig(devices=count, **axes))
-        return mesh, build(model, _OPTIMIZER, _STEPS, mesh)[1]
+        # What one device does not send is the same program however it would be sent.
+        exchange = case.exchange if count > 1 else Exchange()
+        return mesh, build(model, _OPTIMIZER, _STEPS, mesh, exchange)[1]
 
     mesh, steps = on(devices, config)
     return Plan(
@@ -404,7 +430,14 @@ def profile(reporter: Reporter, plan: Plan, one: Callable[[], Any]) -> None:
         return
     if found is None:
         return
-    reporter.add(exact("computing_milliseconds", found.computing, **where))
+    reporter.add(
+        exact("computing_milliseconds", found.computing, **where),
+        exact("idle_milliseconds", found.idle, **where),
+    )
+    for between, milliseconds, times in found.gaps:
+        reporter.add(
+            exact("gap_milliseconds", milliseconds, detail=f"{times:g} times", between=between, **where)
+        )
     for kernel, milliseconds in found.kernels:
         reporter.add(exact("kernel_milliseconds", milliseconds, kernel=kernel, **where))
     if plan.devices > 1:
@@ -412,7 +445,10 @@ def profile(reporter: Reporter, plan: Plan, one: Callable[[], Any]) -> None:
             exact("communication_milliseconds", found.sending, **where),
             exact("exposed_milliseconds", found.alone, by="profile", **where),
         )
-    say(f"computing {found.computing:.1f} ms, collectives {found.sending:.1f}, {found.alone:.1f} of it alone")
+    say(
+        f"computing {found.computing:.1f} ms, collectives {found.sending:.1f}, "
+        f"{found.alone:.1f} of it alone, idle {found.idle:.1f}"
+    )
 
 
 def agrees(reporter: Reporter, plan: Plan, found: np.ndarray, baseline: Baseline) -> bool:

@@ -24,6 +24,7 @@ from holo_jax.layers import (
 from holo_jax.mixers import MIXERS, Context, fused_memory
 from holo_jax.mixers.memory import MemoryMixer
 from holo_jax.parallel import (
+    GATHERED_NAME,
     SEQ,
     ambient_mesh,
     asked_where_blocks_run,
@@ -440,11 +441,13 @@ def _remat(body: Any, policy: str, *, looped: bool) -> Any:
     policies = jax.checkpoint_policies
     # A loop keeps forward and backward apart; without one, the compiler would merge the recomputation away.
     if policy == "full":
-        return jax.checkpoint(body, policy=policies.nothing_saveable, prevent_cse=not looped)
+        return jax.checkpoint(
+            body, policy=policies.save_only_these_names(GATHERED_NAME), prevent_cse=not looped
+        )
     # What a kernel made is kept like a product: computing it twice costs a kernel.
     saved = policies.save_from_both_policies(
         policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, _made_by_a_kernel),
-        policies.save_only_these_names(kernels.READ_NAME),
+        policies.save_only_these_names(kernels.READ_NAME, GATHERED_NAME),
     )
     return jax.checkpoint(body, policy=saved, prevent_cse=not looped)
 

@@ -10,17 +10,21 @@ on them (``divides_tokens``): the program of one device, its kernels included.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping
+import contextvars
+import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from holo_jax.array_types import Array
+from holo_jax.exchange import Exchange, all_gather, all_reduce, reduce_scatter
 
 DATA, FSDP, SEQ, TENSOR = MESH_AXES = ("data", "fsdp", "seq", "tensor")
 BATCH_AXES = (DATA, FSDP)
@@ -36,8 +40,21 @@ PARAMETER_AXES: Mapping[str, str | None] = {
 }
 
 _COPIES = frozenset(
-    ("all_gather", "convert_element_type", "broadcast_in_dim", "concatenate", "reshape", "transpose")
+    (
+        "all_gather",
+        "all_to_all",
+        "convert_element_type",
+        "broadcast_in_dim",
+        "concatenate",
+        "reshape",
+        "transpose",
+    )
 )
+GATHERED_NAME = (
+    "gathered_weight"  # of weights to keep until the backward pass, for rematerialisation policies
+)
+_EXCHANGE = contextvars.ContextVar("exchange", default=Exchange())  # noqa: B039 (frozen)
+_ALONE = 2**20  # bytes from which a gradient is worth an exchange of its own
 _LAYOUT: dict[str, Any] = {"b": BATCH_AXES, "t": SEQ, "h": TENSOR, "_": None}
 
 
@@ -63,9 +80,21 @@ def parameter_layout(axes: tuple[str | None, ...]) -> P:
     return P(*found)
 
 
-def on_mesh(mesh: Mesh) -> contextlib.AbstractContextManager[Any]:
-    """Makes ``mesh`` the one that a model traced inside runs on."""
-    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh, exchange: Exchange = Exchange()) -> Iterator[None]:  # noqa: B008 (frozen)
+    """Makes ``mesh`` the one that a model traced inside runs on, and ``exchange`` how its devices send."""
+    with exchanging(exchange), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        yield
+
+
+@contextlib.contextmanager
+def exchanging(exchange: Exchange) -> Iterator[None]:
+    """Makes ``exchange`` how the devices of the ambient mesh send weights and gradients."""
+    token = _EXCHANGE.set(exchange)
+    try:
+        yield
+    finally:
+        _EXCHANGE.reset(token)
 
 
 def ambient_mesh() -> AbstractMesh | None:
@@ -108,7 +137,7 @@ def whole(weight: Array, axes: tuple[str | None, ...], dtype: Any) -> Array:
 
     For use inside ``sharded``, by products whose operands have ``dtype``: the parts are rounded to it before
     they are sent, which halves what bfloat16 products gather. The result has the parameter's dtype, and so
-    has its gradient, which is summed over ``fsdp`` in that dtype and divided again in one exchange.
+    has its gradient, which is summed over ``fsdp`` and divided again in one exchange (``holo_jax.exchange``).
 
     Args:
       weight: this device's part of the float32 master.
@@ -118,21 +147,23 @@ def whole(weight: Array, axes: tuple[str | None, ...], dtype: Any) -> Array:
     spec = parameter_layout(axes)
     if _divided(FSDP) is None or FSDP not in spec:
         return weight
-    return _gathered(weight, spec.index(FSDP), jnp.dtype(dtype))
+    return _gathered(weight, spec.index(FSDP), jnp.dtype(dtype), _EXCHANGE.get())
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(weight: Array, dimension: int, dtype: Any) -> Array:
-    return _gathered_fwd(weight, dimension, dtype)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _gathered(weight: Array, dimension: int, dtype: Any, exchange: Exchange) -> Array:
+    return _gathered_fwd(weight, dimension, dtype, exchange)[0]
 
 
-def _gathered_fwd(weight: Array, dimension: int, dtype: Any) -> tuple[Array, None]:
-    parts = lax.all_gather(weight.astype(dtype), FSDP, axis=dimension, tiled=True)
+def _gathered_fwd(weight: Array, dimension: int, dtype: Any, exchange: Exchange) -> tuple[Array, None]:
+    parts = all_gather(weight.astype(dtype), FSDP, dimension, exchange)
+    if not exchange.reshard_after_forward:
+        parts = checkpoint_name(parts, GATHERED_NAME)
     return parts.astype(weight.dtype), None
 
 
-def _gathered_bwd(dimension: int, dtype: Any, _: None, gradient: Array) -> tuple[Array]:
-    return (lax.psum_scatter(gradient, FSDP, scatter_dimension=dimension, tiled=True),)
+def _gathered_bwd(dimension: int, dtype: Any, exchange: Exchange, _: None, gradient: Array) -> tuple[Array]:
+    return (reduce_scatter(gradient, FSDP, dimension, exchange),)
 
 
 _gathered.defvjp(_gathered_fwd, _gathered_bwd)
@@ -176,11 +207,72 @@ def sharded(function: Callable[..., Any], arguments: Tree, results: Tree) -> Cal
       results: the same of the result. A result that does not name an axis must be equal along it.
 
     Kernels and collectives are allowed inside, so the compiler's own check of the last condition is off.
+    An argument that does not name ``data`` receives gradients summed over it: by the compiler, or, where
+    ``Exchange`` says otherwise, a large matrix as that says.
     """
     mesh = ambient_mesh()
     if mesh is None:
         return function
-    return jax.shard_map(function, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
+    exchange = _EXCHANGE.get()
+    plain = (exchange.reduce_dtype, exchange.transport) == ("float32", "collectives")
+    if plain or mesh.shape[DATA] == 1:
+        return jax.shard_map(function, mesh=mesh, in_specs=arguments, out_specs=results, check_vma=False)
+
+    def run(*given: Any) -> Any:
+        leaves, tree = jax.tree.flatten(given)
+        every = jax.tree.map(
+            lambda spec, part: jax.tree.map(lambda _: spec, part), arguments, given, is_leaf=_is_spec
+        )
+        specs = jax.tree.leaves(every, is_leaf=_is_spec)
+        own = [_summed_alone(leaf, spec, mesh) for leaf, spec in zip(leaves, specs, strict=True)]
+        lead = [
+            _replicas(leaf, spec, exchange) if alone else leaf
+            for leaf, spec, alone in zip(leaves, specs, own, strict=True)
+        ]
+        at = [P(DATA, *spec) if alone else spec for spec, alone in zip(specs, own, strict=True)]
+
+        def each(*parts: Any) -> Any:
+            whole = [part[0] if alone else part for part, alone in zip(parts, own, strict=True)]
+            return function(*jax.tree.unflatten(tree, whole))
+
+        return jax.shard_map(each, mesh=mesh, in_specs=tuple(at), out_specs=results, check_vma=False)(*lead)
+
+    return run
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, P)
+
+
+def _summed_alone(leaf: Array, spec: P, mesh: AbstractMesh) -> bool:
+    """Whether an argument of ``sharded`` is a large matrix that is the same along ``data``."""
+    named = {name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))}
+    divided = math.prod(mesh.shape[name] for name in named if name is not None)
+    large = leaf.size // divided * leaf.dtype.itemsize >= _ALONE
+    return DATA not in named and leaf.ndim == 2 and large and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _replicas(weight: Array, spec: P, exchange: Exchange) -> Array:
+    """``[data, ...]`` from a weight that is the same along ``data``: nothing is sent, its gradient is."""
+    return _over_data(lambda w: w[None], spec, P(DATA, *spec))(weight)
+
+
+def _replicas_fwd(weight: Array, spec: P, exchange: Exchange) -> tuple[Array, None]:
+    return _replicas(weight, spec, exchange), None
+
+
+def _replicas_bwd(spec: P, exchange: Exchange, _: None, gradient: Array) -> tuple[Array]:
+    return (_over_data(lambda g: all_reduce(g[0], DATA, exchange), P(DATA, *spec), spec)(gradient),)
+
+
+_replicas.defvjp(_replicas_fwd, _replicas_bwd)
+
+
+def _over_data(function: Callable[[Array], Array], at: P, to: P) -> Callable[[Array], Array]:
+    mesh = ambient_mesh()
+    assert mesh is not None
+    return jax.shard_map(function, mesh=mesh, in_specs=(at,), out_specs=to, check_vma=False)
 
 
 def asked_where_blocks_run(question: Callable[[Array], bool], x: Array) -> bool:

@@ -5,7 +5,7 @@ import re
 from typing import NamedTuple
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all")
-_OPERATION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(?:-start)?\(")
+_OPERATION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+\w*)\[([\d,]*)\]")
 _NAME = re.compile(r'op_name="([^"]*)"')
 _MESH_GROUPS = re.compile(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}")
@@ -52,13 +52,29 @@ def collectives(text: str) -> list[Collective]:
             continue
         shapes = tuple(
             (dtype, tuple(int(size) for size in dims.split(",") if size))
-            for dtype, dims in _ARRAY.findall(match[1])
+            for dtype, dims in _ARRAY.findall(_result(match[1]) if match[3] else match[1])
         )
         name = _NAME.search(line)
         one = Collective(match[2], shapes, _group_size(line), name[1] if name else "")
         if one.devices > 1:
             found.append(one)
     return found
+
+
+def _result(shape: str) -> str:
+    """Of ``((operands), results, ...)``, the shape of the start of an asynchronous operation, its results.
+
+    Of one operation on several arrays the results are a tuple as well.
+    """
+    if not shape.startswith("(("):
+        return shape
+    depth, parts, begin = 0, [], 1
+    for index, letter in enumerate(shape):
+        depth += {"(": 1, "[": 1, "{": 1}.get(letter, 0) - {")": 1, "]": 1, "}": 1}.get(letter, 0)
+        if (letter == "," and depth == 1) or depth == 0:
+            parts.append(shape[begin:index])
+            begin = index + 1
+    return parts[1]
 
 
 def _group_size(line: str) -> int:

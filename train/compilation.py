@@ -7,6 +7,9 @@ the whole of a layer's computation runs beside them. Joined up to ``JOINED`` byt
 each to have some of it: seven of a layer began one after the other with nothing beside the first four.
 
 The compiled schedules of jax 0.11.2 for four H100s say so; ``eval.scaling`` measures both (``overlap``).
+
+What ``Exchange`` sends by copies (an all-to-all) goes by copy engines among the devices of one process, where
+the compiler is told to; processes of their own use NCCL for it.
 """
 
 from typing import Any
@@ -14,28 +17,38 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from holo_jax.exchange import Exchange
+
 _KINDS = ("all_reduce", "reduce_scatter", "all_gather")
 JOINED = 16 * 2**20
 _DEFAULT = 30 * 2**20 + 7
 _NAMED_MODES = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
 
 
-def compiler_options(mesh: Mesh, *, overlap: bool = True) -> dict[str, Any] | None:
+def compiler_options(
+    mesh: Mesh,
+    exchange: Exchange = Exchange(),  # noqa: B008 (frozen)
+    *,
+    overlap: bool = True,
+    joined: int = JOINED,
+) -> dict[str, Any] | None:
     """Options for ``jax.jit`` or ``compile`` of a step on ``mesh``; None for one device, or no GPUs.
 
     Args:
+      exchange: how its devices send weights and gradients.
       overlap: False for what the compiler would do by itself.
+      joined: up to how many bytes collectives are joined.
     """
     if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
         return None
-    return overlapping(overlap)
+    return overlapping(overlap, joined) | {"xla_gpu_use_memcpy_local_p2p": exchange.transport == "copies"}
 
 
-def overlapping(overlap: bool) -> dict[str, Any]:
-    """The options themselves, by the names that this version of XLA has for them."""
+def overlapping(overlap: bool, joined: int = JOINED) -> dict[str, Any]:
+    """The options about time, by the names that this version of XLA has for them."""
     found: dict[str, Any] = {}
     for kind in _KINDS:
-        found[f"xla_gpu_{kind}_combine_threshold_bytes"] = JOINED if overlap else _DEFAULT
+        found[f"xla_gpu_{kind}_combine_threshold_bytes"] = joined if overlap else _DEFAULT
         if _NAMED_MODES:
             mode = "ON" if overlap else "DEFAULT"
             found[f"xla_gpu_pipeline_{kind}"] = f"COLLECTIVE_PIPELINING_MODE_{mode}"

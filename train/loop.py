@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from holo_jax.config import HoloConfig
+from holo_jax.exchange import Exchange
 from holo_jax.model import count_parameters
 from holo_jax.pretrained import TOKENIZER
 from train.checkpoint import CheckpointStore
@@ -132,19 +133,23 @@ def _check_sizes(config: RunConfig, mesh: Mesh, inputs: Inputs) -> tuple[ModelFu
     check_batch(mesh, config.eval.global_batch_size, 1, inputs.heldout.context_length)
     for length in (config.context_length, inputs.heldout.context_length):
         check_model(mesh, config.model, length)
-    return build(config.model, config.optimizer, config.num_steps, mesh)
+    return build(config.model, config.optimizer, config.num_steps, mesh, config.mesh.exchange)
 
 
 # ``eval.scaling`` has some thirty of them at one time.
 @functools.lru_cache(maxsize=64)
 def build(
-    model: HoloConfig, optimizer: OptimizerConfig, num_steps: int, mesh: Mesh
+    model: HoloConfig,
+    optimizer: OptimizerConfig,
+    num_steps: int,
+    mesh: Mesh,
+    exchange: Exchange = Exchange(),  # noqa: B008 (frozen)
 ) -> tuple[ModelFunctions, StepFunctions]:
     """The model and its jitted steps; the same objects, compiled once, for the same arguments."""
     functions = model_functions(model)
     schedule = learning_rate_schedule(optimizer, num_steps)
     update = make_optimizer(optimizer, num_steps, functions.axes)
-    return functions, make_step_functions(functions, update, schedule, mesh)
+    return functions, make_step_functions(functions, update, schedule, mesh, exchange)
 
 
 @dataclasses.dataclass

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from holo_jax.config import HoloConfig
+from holo_jax.exchange import REDUCE_DTYPES, TRANSPORTS, Exchange
 from holo_jax.precision import Precision
 from train.errors import ConfigError, UsageError
 
@@ -106,12 +107,23 @@ class MeshConfig:
     fsdp: int
     seq: int
     tensor: int
+    reshard_after_forward: bool = True
+    reduce_dtype: str = "float32"
+    transport: str = "collectives"
 
     def __post_init__(self) -> None:
         _not_negative("mesh.", self, "devices")
         _positive("mesh.", self, "fsdp", "seq", "tensor")
         allowed = self.data == -1 or self.data > 0
         _require(allowed, "mesh.data", self.data, "positive, or -1 for the devices left")
+        for name, choices in (("reduce_dtype", REDUCE_DTYPES), ("transport", TRANSPORTS)):
+            value = getattr(self, name)
+            _require(value in choices, f"mesh.{name}", value, " or ".join(choices))
+
+    @property
+    def exchange(self) -> Exchange:
+        """How devices send weights and gradients."""
+        return Exchange(self.reshard_after_forward, self.reduce_dtype, self.transport)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from holo_jax.array_types import Array
+from holo_jax.exchange import Exchange
 from holo_jax.parallel import on_mesh
 from train.compilation import compiler_options
 from train.model_functions import ModelFunctions, Params
@@ -73,6 +74,7 @@ def make_step_functions(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     mesh: Mesh,
+    exchange: Exchange = Exchange(),  # noqa: B008 (frozen)
 ) -> StepFunctions:
     """Builds and shards the step.
 
@@ -118,7 +120,7 @@ def make_step_functions(
     def on_this_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def traced(*arguments: Any) -> Any:
-            with on_mesh(mesh):
+            with on_mesh(mesh, exchange):
                 return function(*arguments)
 
         return traced
@@ -137,7 +139,7 @@ def make_step_functions(
     opt_at = optimizer_shardings(mesh, shapes.opt_state, params_at)
     whole, rows_at = replicated(mesh), batch_sharding(mesh)
     shardings = TrainState(whole, params_at, opt_at, whole, whole, whole)
-    options = compiler_options(mesh)
+    options = compiler_options(mesh, exchange)
     return StepFunctions(
         init=jax.jit(init, in_shardings=whole, out_shardings=shardings),
         train=jax.jit(

@@ -21,8 +21,8 @@ def _traced(run: Callable[[], Any]) -> list[dict[str, Any]]:
     """Events of the devices' streams in a few calls."""
     with tempfile.TemporaryDirectory() as directory:
         with jax.profiler.trace(directory):
-            for _ in range(_CALLS):
-                jax.block_until_ready(run())
+            # The host runs ahead, as where steps are timed.
+            jax.block_until_ready([run() for _ in range(_CALLS)])
         files = list(Path(directory).rglob("*.trace.json.gz"))
         if not files:
             raise RuntimeError("the profiler wrote no trace")
@@ -60,12 +60,16 @@ class StepTimes(NamedTuple):
       computing: in which a device ran something that is no collective.
       sending: in which it ran a collective (of NCCL); waiting for other devices is inside.
       alone: in which it ran a collective and nothing else.
+      idle: in which it ran nothing, from its first event to its last.
+      gaps: where it was idle longest in all: by what ran before and what came next, with the number of times.
       kernels: the largest, by name without trailing numbers, with the sum of their durations.
     """
 
     computing: float
     sending: float
     alone: float
+    idle: float
+    gaps: list[tuple[str, float, float]]
     kernels: list[tuple[str, float]]
 
 
@@ -75,13 +79,39 @@ def step_times(run: Callable[[], Any], count: int = 24) -> StepTimes | None:
     names: dict[str, float] = collections.defaultdict(float)
     for event in _traced(run):
         devices[event["pid"]].append(event)
-        names[re.sub(r"[._]?\d+$", "", event["name"])[:100]] += event["dur"]
+        names[_plain(event["name"])[:100]] += event["dur"]
     if not devices:
         return None
     each = 1e-3 / _CALLS / len(devices)
     computing, sending, alone = (sum(one) * each for one in zip(*map(exposed, devices.values()), strict=True))
     largest = sorted(names.items(), key=lambda item: -item[1])[:count]
-    return StepTimes(computing, sending, alone, [(name, spent * each) for name, spent in largest])
+    idle: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+    for events in devices.values():
+        for name, gap in gaps(events):
+            idle[name][0] += gap * each
+            idle[name][1] += 1 / _CALLS / len(devices)
+    longest = sorted(((name, *found) for name, found in idle.items()), key=lambda item: -item[1])
+    kernels = [(name, spent * each) for name, spent in largest]
+    return StepTimes(
+        computing, sending, alone, sum(gap for _, gap, _ in longest), longest[: count // 2], kernels
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[._]?\d+$", "", name)
+
+
+def gaps(events: list[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Every time between two events of a device in which nothing ran: which they were, and how long."""
+    found = []
+    ordered = sorted((e for e in events if e["dur"] > 0), key=lambda e: e["ts"])
+    last, end = ordered[0]["name"], ordered[0]["ts"] + ordered[0]["dur"]
+    for event in ordered[1:]:
+        if event["ts"] > end:
+            found.append((f"{_plain(last)[:48]} > {_plain(event['name'])[:48]}", event["ts"] - end))
+        if event["ts"] + event["dur"] > end:
+            last, end = event["name"], event["ts"] + event["dur"]
+    return found
 
 
 def exposed(events: list[dict[str, Any]]) -> tuple[float, float, float]:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from holo_jax import parallel
 from holo_jax.model import init_state
 from tests.holo_jax.kernel_package import install
 from tests.train.common import micro_config
@@ -61,16 +62,20 @@ def compiled(
 ) -> tuple[StepFunctions, Any]:
     """The step functions and the compiled train step."""
     config = config_of(model, sizes, context_length=time, **fields)
-    _, steps = build(config.model, config.optimizer, config.num_steps, make_mesh(config.mesh))
+    mesh = make_mesh(config.mesh)
+    _, steps = build(config.model, config.optimizer, config.num_steps, mesh, config.mesh.exchange)
     batch = {name: jax.ShapeDtypeStruct((1, ROWS, time), np.int32) for name in ("tokens", "segment_ids")}
     return steps, steps.train.lower(steps.shapes, batch).compile()
 
 
 @functools.cache
-def curve(model: str, sizes: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarray]]:
+def curve(
+    model: str, sizes: tuple[int, ...], transport: str = "collectives", kept: bool = False
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """Loss and gradient norm of every step, and the optimizer's moments (the gradients) after the first."""
+    fields = dict(mesh__transport=transport, mesh__reshard_after_forward=not kept)
     mesh = make_mesh(config_of(model, sizes).mesh)
-    steps, train = compiled(model, sizes)
+    steps, train = compiled(model, sizes, **fields)
     key = np.asarray(jax.random.key_data(jax.random.key(0, impl="threefry2x32")))
     state = steps.init(jax.device_put(key, replicated(mesh)))
     values, moments = [], []
@@ -98,6 +103,27 @@ def curve(model: str, sizes: tuple[int, ...]) -> tuple[np.ndarray, list[np.ndarr
 )
 def test_twenty_steps_equal_one_device(model: str, sizes: tuple[int, ...]) -> None:
     values, moments = curve(model, sizes)
+    want_values, want_moments = curve(model, (1, 1, 1, 1))
+    np.testing.assert_allclose(values, want_values, rtol=0, atol=1e-5)
+    for got, want in zip(moments, want_moments, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "transport", "kept"),
+    [
+        ("holo", (4, 1, 1, 1), "copies", False),
+        ("holo", (1, 4, 1, 1), "copies", False),
+        ("holo", (1, 4, 1, 1), "collectives", True),
+        ("dual", (2, 2, 2, 1), "copies", True),
+        ("sum", (2, 2, 1, 2), "copies", True),
+    ],
+)
+def test_twenty_steps_are_the_same_however_devices_send(
+    model: str, sizes: tuple[int, ...], transport: str, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parallel, "_ALONE", 0)
+    values, moments = curve(model, sizes, transport, kept)
     want_values, want_moments = curve(model, (1, 1, 1, 1))
     np.testing.assert_allclose(values, want_values, rtol=0, atol=1e-5)
     for got, want in zip(moments, want_moments, strict=True):

@@ -1,0 +1,87 @@
+"""What the devices along one mesh axis send each other, and by which means; for use inside ``shard_map``.
+
+``"collectives"`` are those of the compiler, on GPUs kernels of NCCL. They hold multiprocessors while they
+send, so a product beside them that needs all of those in one go takes two. ``"copies"`` sends by one
+all-to-all, which the compiler can leave to a GPU's copy engines (``train.compilation``), and adds up what was
+received in a pass of its own. The bytes are the same.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+
+from holo_jax.array_types import Array
+
+TRANSPORTS = ("collectives", "copies")
+REDUCE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+    """How weights and gradients are sent.
+
+    Attributes:
+      reshard_after_forward: whether weights that were gathered over ``fsdp`` are dropped after the forward
+        pass and gathered again (Rajbhandari et al., 2020, stage 3), or kept in the dtype of the products
+        until the backward pass (stage 2). The name is PyTorch's (``fully_shard``).
+      reduce_dtype: in which gradients are sent. ``"bfloat16"`` rounds what each device found, to 8 bits; by
+        copies the sum is float32, by collectives it is rounded after every addition as well.
+      transport: one of ``TRANSPORTS``.
+    """
+
+    reshard_after_forward: bool = True
+    reduce_dtype: str = "float32"
+    transport: str = "collectives"
+
+
+def all_gather(x: Array, axis: str, dimension: int, exchange: Exchange) -> Array:
+    """The parts that all devices of ``axis`` hold, joined along ``dimension`` in their order."""
+    if exchange.transport == "collectives":
+        return lax.all_gather(x, axis, axis=dimension, tiled=True)
+    count = lax.axis_size(axis)
+    parts = lax.all_to_all(jnp.broadcast_to(x[None], (count, *x.shape)), axis, 0, 0, tiled=True)
+    return _joined(parts, dimension)
+
+
+def reduce_scatter(x: Array, axis: str, dimension: int, exchange: Exchange) -> Array:
+    """This device's part along ``dimension`` of the sum over ``axis``, in the dtype of ``x``."""
+    sent = _rounded(x, exchange.reduce_dtype)
+    if exchange.transport == "collectives":
+        return lax.psum_scatter(sent, axis, scatter_dimension=dimension, tiled=True).astype(x.dtype)
+    return _own_part(sent, axis, dimension).astype(x.dtype)
+
+
+def all_reduce(x: Array, axis: str, exchange: Exchange) -> Array:
+    """The sum over ``axis`` in the dtype of ``x``, the same bits on every device.
+
+    Where the first dimension does not divide, by collectives.
+    """
+    sent = _rounded(x, exchange.reduce_dtype)
+    if exchange.transport == "collectives" or x.shape[0] % lax.axis_size(axis):
+        return lax.psum(sent, axis).astype(x.dtype)
+    part = _rounded(_own_part(sent, axis, 0), exchange.reduce_dtype)
+    return all_gather(part, axis, 0, exchange).astype(x.dtype)
+
+
+def _own_part(x: Array, axis: str, dimension: int) -> Array:
+    """The sum over ``axis`` of this device's part, accumulated in float32."""
+    count = lax.axis_size(axis)
+    shape = list(x.shape)
+    shape[dimension : dimension + 1] = [count, shape[dimension] // count]
+    pieces = jnp.moveaxis(x.reshape(shape), dimension, 0)
+    received = lax.all_to_all(pieces, axis, 0, 0, tiled=True)
+    return jnp.sum(received, axis=0, dtype=jnp.float32)
+
+
+def _joined(parts: Array, dimension: int) -> Array:
+    shape = list(parts.shape[1:])
+    shape[dimension] *= parts.shape[0]
+    return jnp.moveaxis(parts, 0, dimension).reshape(shape)
+
+
+def _rounded(x: Array, dtype: str) -> Array:
+    """``x`` in the dtype in which it is sent; a compiler may not skip the rounding."""
+    if dtype == "bfloat16" and x.dtype == jnp.float32:
+        x = lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    return x.astype(dtype)
