@@ -6,10 +6,14 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from holo_jax import parallel
+from holo_jax.exchange import Exchange
 from holo_jax.model import init_state
 from tests.holo_jax.kernel_package import install
 from tests.train.common import micro_config
@@ -191,6 +195,62 @@ def test_fsdp_gathers_parameters_and_scatters_gradients() -> None:
     # What is left to be summed whole are vectors, and taps, which no device divides.
     summed = set(sizes_of([one for one in found if one.kind == "all-reduce"]))
     assert summed <= {shape for shape in parameters if len(shape) < 2 or 24 not in shape} | {()}
+
+
+def test_fsdp_gathers_once_what_is_kept() -> None:
+    found, _ = program((1, 4, 1, 1), model__num_hidden_layers=2, mesh__reshard_after_forward=False)
+    gathered, scattered = (
+        [one for one in found if one.kind == kind] for kind in ("all-gather", "reduce-scatter")
+    )
+    assert len(gathered) == len(scattered)
+
+
+def test_copies_are_one_all_to_all_each() -> None:
+    """As many as there were gathers and scatters, of the same arrays."""
+    found, _ = program((1, 4, 1, 1), model__num_hidden_layers=2, mesh__transport="copies")
+    want, _ = program((1, 4, 1, 1), model__num_hidden_layers=2)
+    assert {one.kind for one in found} == {"all-to-all", "all-reduce"}
+    kinds = ("all-to-all", "all-gather", "reduce-scatter")
+    numbers = [sum(one.kind in kinds for one in program) for program in (found, want)]
+    assert numbers[0] == numbers[1]
+    assert [one for one in found if one.kind == "all-reduce"] == [
+        one for one in want if one.kind == "all-reduce"
+    ]
+
+
+@pytest.mark.parametrize("transport", ["collectives", "copies"])
+@pytest.mark.parametrize("sizes", [(4, 1, 1, 1), (1, 4, 1, 1)])
+def test_gradients_sent_in_bfloat16(
+    sizes: tuple[int, ...], transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a sum over four devices: off by less than 2^-8 of the largest terms, and indeed rounded."""
+    monkeypatch.setattr(parallel, "_ALONE", 0)
+    exchange = Exchange(reduce_dtype="bfloat16", transport=transport)
+    mesh = make_mesh(config_of("holo", sizes).mesh)
+    axis = "data" if sizes[0] > 1 else "fsdp"
+    terms = np.random.default_rng(0).standard_normal((4, 24, 32)).astype(np.float32)
+    at = P(None, None) if axis == "data" else P("fsdp", None)
+
+    def gradient(weight: jax.Array) -> jax.Array:
+        def loss(weight: jax.Array) -> jax.Array:
+            def own(weight: jax.Array, term: jax.Array) -> jax.Array:
+                weight = parallel.whole(weight, ("embed", None), jnp.float32)
+                return jnp.sum(weight * term[0]).reshape(1)
+
+            return jnp.sum(parallel.sharded(own, (at, P(axis)), P(axis))(weight, jnp.asarray(terms)))
+
+        with parallel.on_mesh(mesh, exchange):
+            return jax.grad(loss)(weight)
+
+    here = NamedSharding(mesh, at)
+    found = np.asarray(
+        jax.jit(gradient, in_shardings=here, out_shardings=here)(np.ones((24, 32), np.float32))
+    )
+    off = np.abs(found - terms.sum(0)) / np.abs(terms).max(0)
+    assert 1e-4 < off.max() < 4 * 2**-8
+    rounded = terms.astype(jnp.bfloat16).astype(np.float32).sum(0)
+    if transport == "copies" and axis == "fsdp":
+        np.testing.assert_allclose(found, rounded, rtol=1e-5, atol=1e-6)
 
 
 def test_fsdp_gathers_in_the_dtype_of_the_products_and_sums_in_float32() -> None:

@@ -108,24 +108,29 @@ def test_the_peak_is_within_a_tenth_of_a_compiled_step(
 
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(
-    ("preset", "remat", "sizes"),
+    ("preset", "remat", "sizes", "kept"),
     [
-        ("holo", "dots", (1, 1, 2, 1)),
-        ("holo", "none", (1, 1, 1, 2)),
-        ("dual", "dots", (1, 2, 1, 1)),
+        ("holo", "dots", (1, 1, 2, 1), False),
+        ("holo", "none", (1, 1, 1, 2), False),
+        ("dual", "dots", (1, 2, 1, 1), False),
+        ("dual", "dots", (1, 2, 1, 1), True),
+        ("dual", "full", (1, 2, 1, 1), True),
     ],
 )
-def test_loss_and_gradient_hold_what_is_traced(preset: str, remat: str, sizes: tuple[int, ...]) -> None:
+def test_loss_and_gradient_hold_what_is_traced(
+    preset: str, remat: str, sizes: tuple[int, ...], kept: bool
+) -> None:
     """Small models on every axis, without the optimizer: there a CPU copies moments that a GPU does not."""
     config = deep_config(preset, remat, 2 * sizes[1], 256 * sizes[2], 1)
     model = config.model.replace(num_hidden_layers=4, hidden_size=128, hd_dim=128, vocab_size=1024)
     axes = dict(zip(MESH_AXES, sizes, strict=True))
-    config = dataclasses.replace(config, model=model, mesh=MeshConfig(devices=0, **axes))
+    choice = MeshConfig(devices=0, reshard_after_forward=not kept, **axes)
+    config = dataclasses.replace(config, model=model, mesh=choice)
     mesh = make_mesh(config.mesh, jax.devices()[:2])
     functions, steps = build(config.model, config.optimizer, config.num_steps, mesh)
 
     def gradient(params, batch):
-        with on_mesh(mesh):
+        with on_mesh(mesh, choice.exchange):
             return jax.grad(lambda p: functions.loss(p, batch, batch, jax.random.key(0))[0])(params)
 
     params_at = steps.shardings.params
@@ -221,6 +226,10 @@ def test_exchanges_are_those_counted_by_hand() -> None:
     assert sent(config, 1, 1, 1, 1) == {}
     assert sent(config, 4, 1, 1, 1) == {"data": (2 * 3 / 4 * 4 * parameters, 2 * 3)}
     assert sent(config, 1, 4, 1, 1) == {"fsdp": (3 * 3 / 4 * 4 * parameters, 3 * 256 * 3)}
+    kept = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, reshard_after_forward=False))
+    assert sent(kept, 1, 4, 1, 1) == {"fsdp": (2 * 3 / 4 * 4 * parameters, 2 * 256 * 3)}
+    narrow = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, reduce_dtype="bfloat16"))
+    assert sent(narrow, 4, 1, 1, 1) == {"data": (2 * 3 / 4 * 2 * parameters, 2 * 3)}
     # 256 layers, 4 all-reduces (2 forward, 2 backward) of 8 x 64 x 64 float32.
     assert sent(config, 1, 1, 1, 2)["tensor"] == (256 * 4 * 2 / 2 * 8 * 64 * 64 * 4, 256 * 4 * 2)
     # A row tells of its part 64 x 64 of state, 2 heads x 64 x 64 of transition, 2 writes, and 3 taps of 64.

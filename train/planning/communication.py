@@ -49,8 +49,8 @@ class Exchange(NamedTuple):
 def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list[Exchange]:
     """Every exchange of a step of ``config`` on ``mesh``; axes of size 1 have none.
 
-    Gradients are float32; weights and activations are sent in the storage dtype. Each of the parts of an
-    accumulated batch is taken to gather weights and to sum gradients anew.
+    Gradients are sent in ``mesh.reduce_dtype``, weights and activations in the storage dtype. Each of the
+    parts of an accumulated batch is taken to gather weights and to sum gradients anew.
     """
     model, sizes = config.model, dict(mesh.shape)
     data, fsdp, seq, tensor = (sizes[axis] for axis in MESH_AXES)
@@ -59,7 +59,7 @@ def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list
     rows = config.global_batch_size // (data * fsdp * parts)
     length = config.context_length // seq
     count = count_parameters(model_functions(model).shapes)
-    weights = count * jnp.dtype(model.precision.params).itemsize
+    summed = count * jnp.dtype(config.mesh.reduce_dtype).itemsize
     sent = count * jnp.dtype(model.precision.storage).itemsize
     found = []
 
@@ -73,15 +73,16 @@ def exchanges(config: RunConfig, mesh: AbstractMesh, hardware: Hardware) -> list
             found.append(Exchange(" x ".join(axes), what, share, times * (ways - 1), count, link))
 
     # Both replicate the weights. What fsdp and tensor divide is summed in the divided form.
-    own = weights / (fsdp * tensor)
+    own = summed / (fsdp * tensor)
     started = _started(model)
     ring(("data", "seq"), "gradients, all-reduce", 2 * parts * own, 2 * parts, parts * started)
+    gathers, when = (2, "forward and backward") if config.mesh.reshard_after_forward else (1, "once")
     ring(
         ("fsdp",),
-        "weights, gathered forward and backward; gradients, scattered",
-        parts * (2 * sent + weights) / tensor,
-        3 * parts * model.num_periods,
-        3 * parts * started,
+        f"weights, gathered {when}; gradients, scattered",
+        parts * (gathers * sent + summed) / tensor,
+        (gathers + 1) * parts * model.num_periods,
+        (gathers + 1) * parts * started,
     )
     state = sum(_part_bytes(model, kind, rows, length) for kind in model.layer_kinds) * model.num_periods
     ring(

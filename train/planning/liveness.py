@@ -30,6 +30,7 @@ _WRITTEN = frozenset(
         "cummax",
         "cumlogsumexp",
         "all_gather",
+        "all_to_all",
         "reduce_scatter",
         "psum",
         "ppermute",

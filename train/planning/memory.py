@@ -20,7 +20,9 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
 from holo_jax.config import HoloConfig
+from holo_jax.exchange import Exchange
 from holo_jax.functional import accumulate
+from holo_jax.parallel import exchanging
 from train.model_functions import model_functions
 from train.optimizer import make_optimizer
 from train.planning.liveness import live_bytes
@@ -116,14 +118,15 @@ def estimate_memory(
     rows = config.global_batch_size // (sizes["data"] * fsdp * config.accumulation_steps)
     length = config.context_length // sizes["seq"]
     shard = _shard(model, tensor)
-    divided = (fsdp, sizes["seq"], tensor)
+    divided = _Divided(fsdp, sizes["seq"], tensor, config.mesh.exchange)
     by_kernel = kernels and _by_kernel(model, packed)
     activations = _activations(shard, rows, length, by_kernel, packed, divided)
     width, vocab = shard.hidden_size, shard.vocab_size
     storage, wide = _itemsize(model.precision.storage), _itemsize(model.precision.logits)
     chunk = rows * min(length, max(1, model.loss_chunk // rows))
     period = sum(_bytes(leaf) for leaf in _blocks(functions.shapes)) // model.num_periods // tensor
-    gathered = 2 * period if fsdp > 1 else 0
+    # Weights that stay gathered are among what is kept.
+    gathered = (2 if config.mesh.reshard_after_forward else 1) * period if fsdp > 1 else 0
     traced, working = None, activations.working
     if not by_kernel:
         traced = _traced(shard, rows, length, packed, divided)
@@ -155,7 +158,17 @@ def _update(config: RunConfig, shapes: Any, shardings: Any) -> int:
     return sum(sizes) + 2 * max(sizes)
 
 
-Divided = tuple[int, int, int]  # devices along fsdp, seq and tensor
+class _Divided(NamedTuple):
+    """Devices along three axes, and how they send."""
+
+    fsdp: int = 1
+    seq: int = 1
+    tensor: int = 1
+    exchange: Exchange = Exchange()
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.fsdp, self.seq, self.tensor
 
 
 class _Activations(NamedTuple):
@@ -165,7 +178,7 @@ class _Activations(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _activations(
-    config: HoloConfig, rows: int, length: int, by_kernel: bool, packed: bool, divided: Divided
+    config: HoloConfig, rows: int, length: int, by_kernel: bool, packed: bool, divided: _Divided
 ) -> _Activations:
     """Activations of one device's rows [rows, length], which may be parts of a divided sequence.
 
@@ -179,7 +192,7 @@ def _activations(
     token = rows * length * _itemsize(config.precision.storage)
     keys = config.num_heads * 2 * config.phasors
     # A part of a divided sequence finds what becomes of the state before it in as many more channels as keys.
-    channels = config.hd_dim + (keys if divided[1] > 1 and config.erase else 0)
+    channels = config.hd_dim + (keys if divided.seq > 1 and config.erase else 0)
     # What a kernel keeps: the features of both phases, the written values and the read.
     op = token * (2 * keys + 2 * channels)
     stacked = kept.stacked
@@ -233,7 +246,7 @@ class _Kept(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(config: HoloConfig, rows: int, length: int, packed: bool, divided: Divided) -> _Kept:
+def _kept(config: HoloConfig, rows: int, length: int, packed: bool, divided: _Divided) -> _Kept:
     weights = (config.hidden_size, config.vocab_size)
     attends = "attention" in config.layer_kinds
     params, ids, loss = _loss(config, rows, length, packed, divided)
@@ -272,11 +285,11 @@ def _memory_op(config: HoloConfig, rows: int, length: int, packed: bool) -> int:
             chunk_size=config.chunk_size or None,
         )[0]
 
-    return sum(_bytes(leaf) for leaf in _residuals(read, (1, 1, 1), inputs, segments))
+    return sum(_bytes(leaf) for leaf in _residuals(read, _Divided(), inputs, segments))
 
 
 @functools.lru_cache(maxsize=64)
-def _traced(config: HoloConfig, rows: int, length: int, packed: bool, divided: Divided) -> int:
+def _traced(config: HoloConfig, rows: int, length: int, packed: bool, divided: _Divided) -> int:
     """The most bytes that loss and gradient of one device hold beside their arguments, in portable form."""
     portable = config.replace(memory_backend="portable")
     params, ids, loss = _loss(portable, rows, length, packed, divided)
@@ -285,11 +298,11 @@ def _traced(config: HoloConfig, rows: int, length: int, packed: bool, divided: D
 
 
 def _loss(
-    config: HoloConfig, rows: int, length: int, packed: bool, divided: Divided
+    config: HoloConfig, rows: int, length: int, packed: bool, divided: _Divided
 ) -> tuple[Any, jax.ShapeDtypeStruct, Any]:
     """Parameters and ids of one device, by shape, and its summed loss."""
     functions = model_functions(config)
-    mesh = AbstractMesh((1, divided[0], 1, 1), MESH_AXES)
+    mesh = AbstractMesh((1, divided.fsdp, 1, 1), MESH_AXES)
     params = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(at.shard_shape(leaf.shape), leaf.dtype),
         functions.shapes,
@@ -304,7 +317,7 @@ def _loss(
     return params, jax.ShapeDtypeStruct((rows, length), jnp.int32), loss
 
 
-def _residuals(function: Any, divided: Divided, differentiated: Any, *others: Any) -> list[Any]:
+def _residuals(function: Any, divided: _Divided, differentiated: Any, *others: Any) -> list[Any]:
     """Shapes of what the vjp of ``function`` keeps, its inputs and constants excepted, each once.
 
     Args:
@@ -322,13 +335,14 @@ def _residuals(function: Any, divided: Divided, differentiated: Any, *others: An
     return [variable.aval for variable in kept if variable not in given]
 
 
-def _of_one_device(function: Any, divided: Divided, *arguments: Any) -> Any:
+def _of_one_device(function: Any, divided: _Divided, *arguments: Any) -> Any:
     """The jaxpr of ``function`` as one of the devices of a mesh runs it, with its exchanges."""
-    if divided == (1, 1, 1):
+    if divided.sizes == (1, 1, 1):
         return jax.make_jaxpr(function)(*arguments).jaxpr
-    mesh = AbstractMesh((1, *divided), MESH_AXES)
+    mesh = AbstractMesh((1, *divided.sizes), MESH_AXES)
     every = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    outer = jax.make_jaxpr(every)(*arguments).jaxpr
+    with exchanging(divided.exchange):
+        outer = jax.make_jaxpr(every)(*arguments).jaxpr
     (mapped,) = (one for one in outer.eqns if one.primitive.name == "shard_map")
     traced = mapped.params["jaxpr"]
     return getattr(traced, "jaxpr", traced)
