@@ -6,6 +6,12 @@ from eval import plots
 from eval.common import cell, markdown_table
 from eval.results import Results, Value
 
+_USUAL = (
+    ("reshard_after_forward", 1),
+    ("reduce_dtype", "float32"),
+    ("transport", "collectives"),
+    ("joined", 16),
+)
 _OF_A_PROGRAM = ("devices", "total_rows", "total_length")
 
 
@@ -26,6 +32,9 @@ def table(results: Results) -> str:
         kind = "strong" if where["strong"] else "weak"
         name = f"{where['axis']} {kind}, {where['total_rows']} x {where['total_length']:,}"
         options = ", ".join(f"{name} {where[name]}" for name in ("remat", "unroll", "overlap", "block"))
+        options += "".join(
+            f", {name} {where[name]}" for name, usual in _USUAL if where.get(name, usual) != usual
+        )
         profiled = [
             one("exposed_milliseconds", where | {"by": "profile"}, 1),
             one("communication_milliseconds", where, 1),
@@ -35,6 +44,7 @@ def table(results: Results) -> str:
             one("efficiency", where, 3),
             one("exposed_milliseconds", where | {"by": "one device"}, 1),
             one("computing_milliseconds", where, 1),
+            one("idle_milliseconds", where, 1),
             " of ".join(filter(None, profiled)),
             one("peak_gib", where, 2),
             one("compile_seconds", where, 0),
@@ -49,6 +59,7 @@ def table(results: Results) -> str:
         "efficiency",
         "ms over one device's share",
         "ms computing",
+        "ms idle",
         "ms of collectives alone, of all",
         "planned GiB a device",
         "compile s",
@@ -72,6 +83,7 @@ def figures(results: Results, theme: str) -> dict:
             kind = "strong" if own["strong"] else "weak"
             label = f"{own['axis']} {own['length']:,} {kind}"
             label += f", unroll {own['unroll']}, overlap {own['overlap']}"
+            label += "".join(f", {own[name]}" for name, usual in _USUAL if own.get(name, usual) != usual)
             plots.line(
                 axis,
                 values,

@@ -58,7 +58,8 @@ class StepTimes(NamedTuple):
 
     Attributes:
       computing: in which a device ran something that is no collective.
-      sending: in which it ran a collective (of NCCL); waiting for other devices is inside.
+      sending: in which it ran a collective (of NCCL, where waiting for other devices is inside) or a copy to
+        another device.
       alone: in which it ran a collective and nothing else.
       idle: in which it ran nothing, from its first event to its last.
       gaps: where it was idle longest in all: by what ran before and what came next, with the number of times.
@@ -116,7 +117,7 @@ def gaps(events: list[dict[str, Any]]) -> list[tuple[str, float]]:
 
 def exposed(events: list[dict[str, Any]]) -> tuple[float, float, float]:
     """How long a device computed, ran collectives, and of that nothing else, by events (``ts``, ``dur``)."""
-    spans = [(e["ts"], e["ts"] + e["dur"], "nccl" in e["name"].lower()) for e in events if e["dur"] > 0]
+    spans = [(e["ts"], e["ts"] + e["dur"], _sends(e["name"])) for e in events if e["dur"] > 0]
     borders = sorted({time for begin, end, _ in spans for time in (begin, end)})
     changes = collections.defaultdict(lambda: [0, 0])
     for begin, end, sends in spans:
@@ -130,6 +131,11 @@ def exposed(events: list[dict[str, Any]]) -> tuple[float, float, float]:
         total += (end - begin) * (sending > 0)
         alone += (end - begin) * (sending > 0 and computing == 0)
     return computed, total, alone
+
+
+def _sends(name: str) -> bool:
+    """Whether an event is a kernel of NCCL, or a copy to another device."""
+    return "nccl" in name.lower() or name.lower().startswith("memcpyp2p")
 
 
 def top_kernels(run: Callable[[], Any], where: dict[str, Scalar], count: int = 40) -> list[Value]:

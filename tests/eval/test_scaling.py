@@ -7,7 +7,7 @@ import pytest
 from eval import scaling
 from eval.common import UsageError, freeze, load_config
 from eval.speed_parts.models import Size
-from eval.speed_parts.profile import exposed
+from eval.speed_parts.profile import exposed, gaps
 
 
 def test_cases_are_parsed_and_divided():
@@ -22,10 +22,17 @@ def test_cases_are_parsed_and_divided():
     assert [scaling.counts(n, 0) for n in (1, 4)] == [[1], [1, 4]]
     with pytest.raises(UsageError, match="rows 8 must be a multiple of 3 devices"):
         rows._replace(strong=1).shape(3, 3)
+    chosen = scaling.parse_case("fsdp@64 transport=copies reshard_after_forward=0 joined=64").exchange
+    assert (chosen.transport, chosen.reshard_after_forward, chosen.reduce_dtype) == (
+        "copies",
+        False,
+        "float32",
+    )
     for text, message in (
         ("time@64", "with a mesh axis"),
         ("seq@64 length=2", "unknown key 'length'"),
         ("seq@64 overlap=3", "overlap 3; it must be 0 or 1"),
+        ("fsdp@64 transport=post", "transport is 'post'; it must be collectives or copies"),
     ):
         with pytest.raises(ValueError, match=message):
             scaling.parse_case(text)
@@ -41,6 +48,13 @@ def test_collectives_are_exposed_where_nothing_else_runs():
     events = [{"name": name, "ts": begin, "dur": duration} for name, begin, duration in spans]
     assert exposed(events) == (11, 20, 14)
     assert exposed(events[:1]) == (10, 0, 0)
+    assert exposed([{"name": "MemcpyP2P", "ts": 0, "dur": 3}]) == (0, 3, 3)
+
+
+def test_gaps_are_named_by_what_is_around_them():
+    spans = [("gemm.1", 0, 10), ("norm", 4, 2), ("copy", 10, 1), ("norm.7", 13, 1)]
+    events = [{"name": name, "ts": begin, "dur": duration} for name, begin, duration in spans]
+    assert gaps(events) == [("copy > norm", 2)]
 
 
 def test_a_link_is_fitted():

@@ -366,6 +366,7 @@ def test_collectives_are_read_from_text() -> None:
       %d = c64[2,3]{1,0} collective-permute(%x), source_target_pairs={{0,1}}
       %e = u32[5]{0} reduce-scatter-start(%x), replica_groups=[2,4]<=[8]
       %f = f32[] add(%x, %y)
+      %g = ((bf16[2,8]{1,0}, f32[2]{0}), (bf16[8,8]{1,0}, f32[8]{0})) all-gather-start(), replica_groups=[1,4]<=[4]
     """
     found = collectives(text)
     assert [(one.kind, one.devices, one.bytes) for one in found] == [
@@ -373,6 +374,7 @@ def test_collectives_are_read_from_text() -> None:
         ("all-reduce", 2, 20),
         ("collective-permute", 2, 48),
         ("reduce-scatter", 4, 20),
+        ("all-gather", 4, 8 * 8 * 2 + 8 * 4),
     ]
     assert found[0].in_loop and not found[1].in_loop
     with pytest.raises(ValueError, match="device groups"):
