@@ -366,7 +366,7 @@ def test_collectives_are_read_from_text() -> None:
       %d = c64[2,3]{1,0} collective-permute(%x), source_target_pairs={{0,1}}
       %e = u32[5]{0} reduce-scatter-start(%x), replica_groups=[2,4]<=[8]
       %f = f32[] add(%x, %y)
-      %g = ((bf16[2,8]{1,0}, f32[2]{0}), (bf16[8,8]{1,0}, f32[8]{0})) all-gather-start(), replica_groups=[1,4]<=[4]
+      %g = ((bf16[2,8]{1,0}, f32[2]), (bf16[8,8]{1,0}, f32[8])) all-gather-start(), replica_groups=[1,4]<=[4]
     """
     found = collectives(text)
     assert [(one.kind, one.devices, one.bytes) for one in found] == [
