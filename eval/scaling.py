@@ -100,16 +100,7 @@ class Case(NamedTuple):
     @property
     def exchange(self) -> Exchange:
         """How its devices send."""
-        return MeshConfig(
-            devices=0,
-            data=-1,
-            fsdp=1,
-            seq=1,
-            tensor=1,
-            reshard_after_forward=bool(self.reshard_after_forward),
-            reduce_dtype=self.reduce_dtype,
-            transport=self.transport,
-        ).exchange
+        return Exchange(bool(self.reshard_after_forward), self.reduce_dtype, self.transport)
 
     def shape(self, devices: int, largest: int) -> tuple[int, int]:
         """Rows and tokens of the batch on ``devices`` devices, of at most ``largest``.

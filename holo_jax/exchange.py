@@ -28,11 +28,19 @@ class Exchange:
       reduce_dtype: in which gradients are sent. ``"bfloat16"`` rounds what each device found, to 8 bits; by
         copies the sum is float32, by collectives it is rounded after every addition as well.
       transport: one of ``TRANSPORTS``.
+
+    Raises:
+      ValueError: for another dtype or transport.
     """
 
     reshard_after_forward: bool = True
     reduce_dtype: str = "float32"
     transport: str = "collectives"
+
+    def __post_init__(self) -> None:
+        for name, choices in (("reduce_dtype", REDUCE_DTYPES), ("transport", TRANSPORTS)):
+            if (value := getattr(self, name)) not in choices:
+                raise ValueError(f"{name} is {value!r}; it must be {' or '.join(choices)}")
 
 
 def all_gather(x: Array, axis: str, dimension: int, exchange: Exchange) -> Array:
