@@ -1,9 +1,9 @@
 """What the devices along one mesh axis send each other, and by which means; for use inside ``shard_map``.
 
 ``"collectives"`` are those of the compiler, on GPUs kernels of NCCL. They hold multiprocessors while they
-send, so a product beside them that needs all of those in one go takes two. ``"copies"`` sends by one
-all-to-all, which the compiler can leave to a GPU's copy engines (``train.compilation``), and adds up what was
-received in a pass of its own. The bytes are the same.
+send, so a product beside them that needs all of those in one go takes two. ``"copies"`` sends by all-to-alls
+and permutations, which the compiler can leave to a GPU's copy engines (``train.compilation``), and adds up
+what was received in a pass of its own. The bytes are the same.
 """
 
 import dataclasses
@@ -63,11 +63,15 @@ def reduce_scatter(x: Array, axis: str, dimension: int, exchange: Exchange) -> A
 def all_reduce(x: Array, axis: str, exchange: Exchange) -> Array:
     """The sum over ``axis`` in the dtype of ``x``, the same bits on every device.
 
-    Where the first dimension does not divide, by collectives.
+    By copies two devices send each other all they have; more, one part after the other, and then the sums. By
+    collectives where the first dimension does not divide.
     """
-    sent = _rounded(x, exchange.reduce_dtype)
-    if exchange.transport == "collectives" or x.shape[0] % lax.axis_size(axis):
+    sent, count = _rounded(x, exchange.reduce_dtype), lax.axis_size(axis)
+    if exchange.transport == "collectives" or x.shape[0] % count:
         return lax.psum(sent, axis).astype(x.dtype)
+    if count == 2:
+        received = lax.ppermute(sent, axis, ((0, 1), (1, 0)))
+        return (sent.astype(jnp.float32) + received.astype(jnp.float32)).astype(x.dtype)
     part = _rounded(_own_part(sent, axis, 0), exchange.reduce_dtype)
     return all_gather(part, axis, 0, exchange).astype(x.dtype)
 
