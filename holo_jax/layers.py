@@ -280,7 +280,8 @@ class Denoiser(nnx.Module):
         if self.kind == "gelu":
             assert self.up.bias is not None and self.down.bias is not None
             maps = (self.up.whole_weight, self.up.bias[...], self.down.whole_weight)
-            total, y = kernels.block.normed_gelu(x, delta, *norm.parameters, *maps, eps=norm.eps)
+            keep = not self.down.recomputed
+            total, y = kernels.block.normed_gelu(x, delta, *norm.parameters, *maps, eps=norm.eps, keep=keep)
             return total, y + self.down.bias[...].astype(y.dtype)[None, None]
         total, results = normed_project(norm, self, x, delta, self.maps)
         return total, self._finish(results)

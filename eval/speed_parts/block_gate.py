@@ -132,7 +132,7 @@ def normed_denoiser_case(rng: np.random.Generator) -> tuple[Callable, Callable, 
     return measured, wanted, inputs
 
 
-def normed_gelu_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
+def normed_gelu_case(rng: np.random.Generator, *, keep: bool = False) -> tuple[Callable, Callable, dict]:
     """The same with a GELU behind a bias, and LayerNorm."""
     shape = (2, _ROWS // 2, _WIDTH)
     inputs = {"x": rng.normal(size=shape), "delta": rng.normal(size=shape)}
@@ -147,7 +147,7 @@ def normed_gelu_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict
 
     def measured(p: dict) -> Any:
         x, delta = (p[name].astype(jnp.bfloat16) for name in ("x", "delta"))
-        found = block.normed_gelu(x, delta, *(p[name] for name in names), eps=1e-5)
+        found = block.normed_gelu(x, delta, *(p[name] for name in names), eps=1e-5, keep=keep)
         return _weighted(found, cotangents), jnp.concatenate(found, axis=-1)
 
     def wanted(p: dict) -> Any:
@@ -157,6 +157,11 @@ def normed_gelu_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict
         return _weighted(found, cotangents), jnp.concatenate(found, axis=-1)
 
     return measured, wanted, inputs
+
+
+def kept_gelu_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
+    """The same with its activation kept for the backward pass."""
+    return normed_gelu_case(rng, keep=True)
 
 
 def factors_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
@@ -265,7 +270,7 @@ def cases() -> dict[str, Callable]:
     rows = jax.ShapeDtypeStruct((2, _ROWS // 2, _WIDTH), jnp.bfloat16)
     if block.unsupported(rows) is None:
         found |= {"norm": norm_case, "centered norm": centered_norm_case}
-        found["normed gelu"] = normed_gelu_case
+        found |= {"normed gelu": normed_gelu_case, "kept gelu": kept_gelu_case}
         if swiglu_runs(rows, jax.ShapeDtypeStruct((_WIDTH, _HIDDEN), jnp.float32), "auto"):
             found["normed denoiser"] = normed_denoiser_case
     if block.mixer_unsupported(rows, 32, 64) is None:

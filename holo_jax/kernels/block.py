@@ -343,37 +343,45 @@ def normed_gelu(
     down: Float[Array, "f e"],
     *,
     eps: float,
+    keep: bool = False,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b t e"]]:
-    """``x + delta``, and ``gelu(norm(x + delta) up + up_bias) down``."""
-    norm = Norm(eps, bias is not None, _interpreted())
+    """``x + delta``, and ``gelu(norm(x + delta) up + up_bias) down``.
+
+    ``keep`` holds the activation for the backward pass, which writes it once more otherwise.
+    """
+    static = Norm(eps, bias is not None, _interpreted()), keep
     rows = [None if a is None else a.reshape(-1, a.shape[-1]) for a in (x, delta)]
-    total, y = _normed_gelu(norm, *rows, scale, bias, up, up_bias, down)
+    total, y = _normed_gelu(static, *rows, scale, bias, up, up_bias, down)
     return total.reshape(x.shape), y.reshape(x.shape)
 
 
-def _normed_gelu_run(norm: Any, *arguments: Any) -> Any:
-    return _normed_gelu_forward(norm, *arguments)[0]
+def _normed_gelu_run(static: Any, *arguments: Any) -> Any:
+    return _normed_gelu_forward(static, *arguments)[0]
 
 
 def _normed_gelu_forward(
-    norm: Any, x: Any, delta: Any, scale: Any, bias: Any, up: Any, up_bias: Any, down: Any
+    static: Any, x: Any, delta: Any, scale: Any, bias: Any, up: Any, up_bias: Any, down: Any
 ) -> Any:
+    norm, keep = static
     total, rows = triton_norm.forward(norm, x, delta, scale, bias)
     inputs = _product(rows, up, x.dtype)
     hidden = triton_gelu.forward(inputs, up_bias, interpret=norm.interpret)
-    saved = (total, inputs, delta is None, scale, bias, up, up_bias, down)
+    saved = (total, inputs, hidden if keep else None, delta is None, scale, bias, up, up_bias, down)
     return (total, _product(hidden, down, x.dtype)), saved
 
 
-def _normed_gelu_backward(norm: Any, saved: Any, cotangents: Any) -> Any:
-    total, inputs, alone, scale, bias, up, up_bias, down = saved
+def _normed_gelu_backward(static: Any, saved: Any, cotangents: Any) -> Any:
+    norm, keep = static
+    total, inputs, hidden, alone, scale, bias, up, up_bias, down = saved
     d_total, d_y = cotangents
     d_hidden = _back(d_y, down, total.dtype)
-    d_inputs, hidden, d_up_bias = triton_gelu.backward(inputs, up_bias, d_hidden, interpret=norm.interpret)
+    d_inputs, made, d_up_bias = triton_gelu.backward(
+        inputs, up_bias, d_hidden, again=not keep, interpret=norm.interpret
+    )
     part = _back(d_inputs, up, total.dtype)
     d_x, rows, *rest = triton_norm.backward(norm, total, d_total, (part,), scale, bias, again=True)
     assert rows is not None
-    d_down = _of_weight(hidden, d_y, down)
+    d_down = _of_weight(hidden if keep else made, d_y, down)
     d_up = _of_weight(rows, d_inputs, up)
     d_up_bias = d_up_bias.astype(up_bias.dtype)
     return d_x, None if alone else d_x, *_like(rest, (scale, bias)), d_up, d_up_bias, d_down

@@ -1,6 +1,6 @@
 """Kernels of the exact GELU behind a bias (Pallas, lowered to Triton).
 
-The backward pass writes the activation once more, so that only the input is kept. Arithmetic is float32.
+The backward pass may write the activation once more, so that only the input is kept. Arithmetic is float32.
 """
 
 import math
@@ -73,8 +73,10 @@ def forward(x: Array, bias: Array, *, interpret: bool) -> Array:
     return _launch(gelu_forward, {"x": x, "bias": bias}, shapes, tokens, interpret)["y"]
 
 
-def backward(x: Array, bias: Array, cotangent: Array, *, interpret: bool) -> tuple[Array, Array, Array]:
-    """(gradient of x, ``gelu(x + bias)`` again, gradient of the bias in float32)."""
+def backward(
+    x: Array, bias: Array, cotangent: Array, *, again: bool = True, interpret: bool
+) -> tuple[Array, Array | None, Array]:
+    """(gradient of x, ``gelu(x + bias)`` if ``again``, gradient of the bias in float32)."""
     tokens = tokens_of(x.shape[0], _BACKWARD_TOKENS)
     rows = min(_ROWS, tokens)
 
@@ -85,7 +87,8 @@ def backward(x: Array, bias: Array, cotangent: Array, *, interpret: bool) -> tup
             at = (pl.ds(index * rows, rows), slice(None))
             value = ins["x"][at].astype(jnp.float32) + offset
             below, density = _normal(value)
-            outs["y"][at] = (value * below).astype(x.dtype)
+            if again:
+                outs["y"][at] = (value * below).astype(x.dtype)
             gradient = ins["cotangent"][at].astype(jnp.float32) * (below + value * density)
             outs["d_x"][at] = gradient.astype(x.dtype)
             return total + jnp.sum(gradient, axis=0)
@@ -94,8 +97,8 @@ def backward(x: Array, bias: Array, cotangent: Array, *, interpret: bool) -> tup
         outs["d_bias"][...] = jax.lax.fori_loop(0, tokens // rows, step, zero)[None]
 
     whole = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    shapes = {"d_x": whole, "y": whole}
+    shapes = {"d_x": whole, "y": whole} if again else {"d_x": whole}
     shapes["d_bias"] = jax.ShapeDtypeStruct((x.shape[0] // tokens, x.shape[1]), jnp.float32)
     inputs = {"x": x, "bias": bias, "cotangent": cotangent}
     found = _launch(gelu_backward, inputs, shapes, tokens, interpret)
-    return found["d_x"], found["y"], jnp.sum(found["d_bias"], axis=0)
+    return found["d_x"], found.get("y"), jnp.sum(found["d_bias"], axis=0)

@@ -63,6 +63,7 @@ def test_the_gate_passes_in_the_interpreter(interpreted, monkeypatch):
         "norm",
         "centered norm",
         "normed gelu",
+        "kept gelu",
         "retrieval",
         "factors",
         "features",
@@ -73,7 +74,7 @@ def test_the_gate_passes_in_the_interpreter(interpreted, monkeypatch):
     monkeypatch.setattr(block_gate, "cases", lambda: {name: found[name] for name in names})
     reporter = Reporter("speed", Settings(), (0,), out=None, command="")
     assert block_gate.run(reporter, seed=0)
-    assert len(reporter.values) == 6 + 7 + 8 + 6 + 3 + 4 + 4 + 2
+    assert len(reporter.values) == 6 + 7 + 8 + 8 + 6 + 3 + 4 + 4 + 2
 
 
 @pytest.mark.parametrize("changes", [dict(erase=False), dict(preset="seed")])
