@@ -378,10 +378,11 @@ def _normed_gelu_backward(static: Any, saved: Any, cotangents: Any) -> Any:
     d_inputs, made, d_up_bias = triton_gelu.backward(
         inputs, up_bias, d_hidden, again=not keep, interpret=norm.interpret
     )
+    hidden = hidden if keep else made
     part = _back(d_inputs, up, total.dtype)
     d_x, rows, *rest = triton_norm.backward(norm, total, d_total, (part,), scale, bias, again=True)
-    assert rows is not None
-    d_down = _of_weight(hidden if keep else made, d_y, down)
+    assert rows is not None and hidden is not None
+    d_down = _of_weight(hidden, d_y, down)
     d_up = _of_weight(rows, d_inputs, up)
     d_up_bias = d_up_bias.astype(up_bias.dtype)
     return d_x, None if alone else d_x, *_like(rest, (scale, bias)), d_up, d_up_bias, d_down
