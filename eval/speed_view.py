@@ -64,7 +64,7 @@ def _rates(results: Results, part: str, names: tuple[str, ...]) -> list[tuple]:
     return rows
 
 
-_FORM = ("hd", "head", "remat", "unroll", "chunk", "loss", "backend", "block", "gemm", "tokens")
+_FORM = ("hd", "head", "remat", "unroll", "chunk", "loss", "backend", "block", "gemm", "graph", "tokens")
 _HEAD = ("tokens/s", "M in products", "share of product rate", "peak GiB", "compile s")
 
 

@@ -58,6 +58,7 @@ def test_variants_are_parsed_and_refused():
         ("rwkv@64", "names the model 'rwkv'"),
         ("holo@64 rematerialise=full", "unknown key 'rematerialise'"),
         ("holo@64 model=seed", "unknown key 'model'"),
+        ("holo@64 graph=on", "it must be auto or off"),
         ("holo@64 chunk=48", "it must divide the length"),
     ):
         with pytest.raises(ValueError, match=message):
