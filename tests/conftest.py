@@ -11,17 +11,14 @@ import gc
 import os
 from pathlib import Path
 
+from tests.compiling import flags
+
 ROOT = Path(__file__).parents[1]
 _platform = os.environ.get("HOLO_TEST_PLATFORM", "cpu")
 os.environ["JAX_PLATFORMS"] = _platform
 if _platform == "cpu":
     _flags = os.environ.get("XLA_FLAGS", "")
-    for _flag in (
-        "--xla_force_host_platform_device_count=8",
-        "--xla_backend_optimization_level=0",
-        # Each fusion through MLIR takes three quarters of the time of compiling.
-        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-    ):
+    for _flag in flags(8).split():
         if _flag.split("=")[0] not in _flags:
             _flags = f"{_flags} {_flag}"
     os.environ["XLA_FLAGS"] = _flags.strip()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval.results import Results
+from tests.compiling import flags
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,7 @@ def cpu_seconds() -> float:
 def results(tmp_path_factory) -> Results:
     """Trains in a process of its own, with the compiler's cheaper optimisations and one device."""
     out = tmp_path_factory.mktemp("denoiser")
-    environment = dict(os.environ, XLA_FLAGS="--xla_backend_optimization_level=1", JAX_PLATFORMS="cpu")
+    environment = dict(os.environ, XLA_FLAGS=flags(1, level=1), JAX_PLATFORMS="cpu")
     command = [sys.executable, "-m", "eval.recall", "--config=configs/eval/recall.py:denoiser"]
     command += [f"--out={out}", "--config.select=('holo','seed')", "--config.control_from=0.0"]
     command += ["--config.train=((64,8,32),)", "--config.grid.seeds=(0,)", "--config.grid.rates=(1e-2,)"]

@@ -1,5 +1,6 @@
 """The kernels between products on a mesh, in Pallas' interpreter: every device runs those of one."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from holo_jax.parallel import MESH_AXES
 from tests.train.common import micro_config
 from train.loop import build
 from train.sharding import batch_sharding, make_mesh, put_batch, replicated
+from train.step import StepFunctions
 
 pytestmark = pytest.mark.devices(8)
 ROWS, TIME = 4, 64
@@ -33,8 +35,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def first_step(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[str, list[np.ndarray]]:
-    """The traced step; loss, gradient norm and moments (the gradients) after the first."""
+def make_steps(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[StepFunctions, Any, Any]:
+    """The step functions, a batch of ``ROWS`` rows with borders, and the traced step."""
     mesh_of = {f"mesh__{axis}": size for axis, size in zip(MESH_AXES, sizes, strict=True)}
     fields = MODELS[model] | fields | mesh_of | dict(model__hidden_size=128, model__mlp_ratio=1.0)
     config = micro_config(
@@ -47,12 +49,23 @@ def first_step(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[str, 
     segments = np.ones((ROWS, TIME), np.int32)
     segments[1, 20:], segments[2, 32:] = 2, 2
     batch = put_batch({"tokens": tokens, "segment_ids": segments}, 1, batch_sharding(mesh))
+    return steps, batch, steps.train.trace(steps.shapes, batch)
+
+
+def first_step(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[str, list[np.ndarray]]:
+    """The traced step; loss, gradient norm and moments (the gradients) after the first."""
+    steps, batch, traced = make_steps(model, sizes, **fields)
     key = np.asarray(jax.random.key_data(jax.random.key(0, impl="threefry2x32")))
-    state = steps.init(jax.device_put(key, replicated(mesh)))
-    traced = steps.train.trace(state, batch)
+    state = steps.init(jax.device_put(key, replicated(batch["tokens"].sharding.mesh)))
     after, metrics = traced.lower().compile()(state, batch)
     found = [metrics.loss, metrics.grad_norm, *jax.tree.leaves(after.opt_state)]
     return str(traced.jaxpr), [np.asarray(x) for x in jax.device_get(found)]
+
+
+@functools.cache
+def plain_step(model: str) -> tuple[str, list[np.ndarray]]:
+    """One device without kernels; what is computed again changes no number."""
+    return first_step(model, (1, 1, 1, 1), model__remat="dots", model__block_backend="portable")
 
 
 @pytest.mark.parametrize(
@@ -65,11 +78,11 @@ def first_step(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[str, 
 )
 def test_a_step_is_that_of_one_device(model: str, sizes: tuple[int, ...], remat: str) -> None:
     program, found = first_step(model, sizes, model__remat=remat)
-    plain, want = first_step(model, (1, 1, 1, 1), model__remat=remat, model__block_backend="portable")
+    plain, want = plain_step(model)
     assert "norm_forward" in program and "norm_forward" not in plain
     for got, expected in zip(found, want, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_divided_model_keeps_the_plain_form() -> None:
-    assert "norm_forward" not in first_step("holo", (1, 1, 1, 2))[0]
+    assert "norm_forward" not in str(make_steps("holo", (1, 1, 1, 2))[2].jaxpr)

@@ -23,6 +23,7 @@ import train.checkpoint
 import train.loop
 import train.metrics
 import train.recorder
+from tests import compiling
 from tests.train.common import micro_config
 from train.distributed import Place, join
 from train.errors import EXIT_PREEMPTED, TrainError
@@ -57,10 +58,20 @@ def run(
 
 
 def start_command(
-    arguments: list[str], log: Path, *, devices: int, environment: dict[str, str] | None = None, **faults: Any
+    arguments: list[str],
+    log: Path,
+    *,
+    devices: int,
+    level: int = 0,
+    environment: dict[str, str] | None = None,
+    **faults: Any,
 ) -> Any:
-    """Starts ``python -m train.main`` on so many CPU devices; its output is added to ``log``."""
-    process = _PROCESSES.Process(target=_command, args=(arguments, log, devices, environment or {}, faults))
+    """Starts ``python -m train.main`` on so many CPU devices; its output is added to ``log``.
+
+    ``level`` is how far the compiler optimises.
+    """
+    given = (arguments, log, devices, level, environment or {}, faults)
+    process = _PROCESSES.Process(target=_command, args=given)
     process.start()
     return process
 
@@ -79,18 +90,18 @@ def output(workdir: Path) -> str:
 
 
 def _command(
-    arguments: list[str], log: Path, devices: int, environment: dict[str, str], faults: dict[str, Any]
+    arguments: list[str],
+    log: Path,
+    devices: int,
+    level: int,
+    environment: dict[str, str],
+    faults: dict[str, Any],
 ) -> None:
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     # Read when the first device is asked for, which the fork server has not done.
-    flags = [
-        f"--xla_force_host_platform_device_count={devices}",
-        "--xla_backend_optimization_level=0",
-        "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
-    ]
-    os.environ.update(environment, XLA_FLAGS=" ".join(flags))
+    os.environ.update(environment, XLA_FLAGS=compiling.flags(devices, level=level))
     jax.config.update("jax_platforms", "cpu")  # the fork server has read the variable when it imported jax
     sys.argv = ["train.main", *arguments]
     with contextlib.ExitStack() as stack:

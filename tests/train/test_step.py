@@ -90,12 +90,9 @@ def test_padding_changes_nothing() -> None:
 
 
 @pytest.mark.devices(8)
-@pytest.mark.parametrize(
-    ("preset", "sizes"),
-    [("holo", {"data": 8}), ("holo", {"fsdp": 8}), ("seed", {"data": 2, "fsdp": 2, "tensor": 2})],
-)
-def test_eight_devices_equal_one(preset: str, sizes: dict[str, int]) -> None:
-    config = micro_config(model__preset=preset, **{f"mesh__{name}": size for name, size in sizes.items()})
+def test_eight_devices_equal_one() -> None:
+    """The published mechanism; ``test_parallel.py`` has the other models and every axis alone."""
+    config = micro_config(model__preset="seed", mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
     one_state, one = run(one_device(), 4, config=config)
     state, eight = run(make_mesh(config.mesh), 4, config=config)
     for a, b in zip(one, eight, strict=True):
