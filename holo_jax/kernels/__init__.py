@@ -14,7 +14,7 @@ from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
 from holo_jax.functional import accumulate_parts as _parts
-from holo_jax.kernels import block, capability, ensemble, hopper, triton
+from holo_jax.kernels import block, capability, ensemble, hopper, hopper_parts, triton
 from holo_jax.kernels.call import READ_NAME, Call
 from holo_jax.kernels.capability import BackendUnavailableError
 from holo_jax.kernels.linear_cross_entropy import linear_cross_entropy
@@ -147,14 +147,14 @@ def accumulate_parts(
     """
     inputs = (write_phases, read_phases, values, gates, erase)
     chosen = choose(Call(*inputs, **options), backend)
-    total = _hopper_total if chosen == "hopper" else None
-    return _parts(partial(accumulate, backend=backend), axis, *inputs, total=total, **options)
+    chained = _hopper_parts if chosen == "hopper" else None
+    return _parts(partial(accumulate, backend=backend), axis, *inputs, chained=chained, **options)
 
 
-def _hopper_total(
-    write_phases: Array, values: Array, gates: Array | None, erase: Array, **options: Any
-) -> tuple[Array, Array]:
-    return hopper.total(Call(write_phases, write_phases, values, gates, erase, **options))
+def _hopper_parts(
+    *inputs: Any, axis: str, continues: Array, initial: Array, **options: Any
+) -> tuple[Array, Array, Array]:
+    return hopper_parts.accumulate(Call(*inputs, **options), axis, continues, initial)
 
 
 def _run(call: Call, backend: str) -> tuple[Array, MemoryState]:

@@ -29,7 +29,7 @@ from holo_jax.kernels.phasor_features import phasor_features
 
 VERSION = "0.1.0"
 COVERS = "outer memory with bfloat16 values on Hopper, by jax-linear-attention"
-_CHUNK = 64
+CHUNK = 64
 _MAX_CHUNKS = 65535
 _WIDTHS = (64, 128)
 # Erase gates below this share of the write gate are raised to it, so that g / e stays finite: the memory
@@ -61,14 +61,14 @@ def unsupported(call: Call) -> str | None:
         return f"binding is {call.binding!r}; it must be 'outer'"
     if call.method != "chunked":
         return f"method is {call.method!r}; it must be 'chunked'"
-    if call.chunk_size not in (None, _CHUNK):
-        return f"chunk_size is {call.chunk_size}; it must be {_CHUNK}"
+    if call.chunk_size not in (None, CHUNK):
+        return f"chunk_size is {call.chunk_size}; it must be {CHUNK}"
     if call.values.dtype not in (jnp.bfloat16, jnp.float16):
         return f"values has dtype {call.values.dtype}; it must be bfloat16 or float16"
     if 2 * m not in _WIDTHS or d not in _WIDTHS:
         return f"m is {m} and d is {d}; 2 m and d must be 64 or 128"
-    if -(-t // _CHUNK) > _MAX_CHUNKS:
-        return f"t is {t}; it must be at most {_MAX_CHUNKS * _CHUNK}"
+    if -(-t // CHUNK) > _MAX_CHUNKS:
+        return f"t is {t}; it must be at most {_MAX_CHUNKS * CHUNK}"
     if partitioned():
         return "the computation spans several devices; call it inside jax.shard_map"
     return None
@@ -86,11 +86,7 @@ def accumulate(
       implementation: ``"mosaic_gpu"``, or the package's plain ``"chunked"`` or ``"reference"`` form, which
         run anywhere and serve to test this mapping.
     """
-    b, t, h, _ = call.values.shape
-    keys, queries = (
-        jnp.broadcast_to(phasor_features(p, call.values.dtype), (b, t, h, 2 * p.shape[-1]))
-        for p in (call.write_phases, call.read_phases)
-    )
+    keys, queries = _features(call)
     outputs, state = accumulate_features(keys, queries, call, rule=rule, implementation=implementation)
     return outputs.astype(jnp.float32), state
 
@@ -148,47 +144,23 @@ def accumulate_features(
     return outputs, MemoryState(memory, jnp.zeros_like(memory), total_writes(call))
 
 
-def total(call: Call) -> tuple[Array, Array]:
-    """What becomes of a memory under the erase rule, ``M_out = A M_in + B``, without outputs or gradient.
-
-    For a call that ``unsupported`` accepts, with ``erase``. ``A [b, h, 2 m, 2 m]`` and ``B [b, h, 2 m, d]``,
-    float32, are over the real state. The kernels are those by which ``accumulate`` divides few long rows
-    among a card's multiprocessors, called as there, so that the compiler may compute both once.
-    """
-    from jla.ops.mosaic_gpu import gated_delta_rule_kernels, scalar_gate, scalar_gate_docs
-    from jla.ops.mosaic_gpu._common import chunk_log2_decay, head_major, pad_time, segment_vectors
-
+def erase_operands(call: Call) -> tuple[Array, Array, Array, Array]:
+    """(queries, keys, values, strength) that the delta-rule kernel is given for a call with ``erase``."""
     assert call.erase is not None
-    b, t, h, d = call.values.shape
-    keys = phasor_features(call.write_phases, call.values.dtype)
-    keys = jnp.broadcast_to(keys, (b, t, h, keys.shape[-1]))
+    b, t, h, _ = call.values.shape
+    keys, queries = _features(call)
     gates = jnp.ones((b, t, h), jnp.float32) if call.gates is None else call.gates.astype(jnp.float32)
     strength = raised(call.erase.astype(jnp.float32), gates)
-    values = _scaled(call.values, gates / strength)
+    return queries, keys, _scaled(call.values, gates / strength), strength
 
-    pieces = scalar_gate.pieces(b, h, d, t, delta=True)
-    pad = -t % (_CHUNK * pieces)
-    segments = None if call.segment_ids is None else segment_vectors(call.segment_ids, pad)
-    keys, values, strength = pad_time(keys, pad), pad_time(values, pad), head_major(strength, pad)
-    decay = chunk_log2_decay(None, b, t, h, pad)
-    inverse = gated_delta_rule_kernels.kkt_fwd(keys, strength, seg=segments, interpret=None)
-    maps = scalar_gate_docs.map_fwd_wy(
-        keys, values, inverse, decay, strength, seg=segments, cp=pieces, need_last=True, need_first=True
+
+def _features(call: Call) -> tuple[Array, ...]:
+    """Of the keys and of the queries, of every row."""
+    b, t, h, _ = call.values.shape
+    return tuple(
+        jnp.broadcast_to(phasor_features(p, call.values.dtype), (b, t, h, 2 * p.shape[-1]))
+        for p in (call.write_phases, call.read_phases)
     )
-    maps = jnp.swapaxes(maps.reshape(b, pieces, h, -1, keys.shape[-1]), -1, -2)
-    return joined(maps)
-
-
-def joined(maps: Array) -> tuple[Array, Array]:
-    """(A, B) of pieces one after the other, each given as ``[A | B]``: ``[b, pieces, h, k, k + d]``."""
-    k = maps.shape[-2]
-    whole = maps[:, 0]
-    for piece in range(1, maps.shape[1]):
-        after = jnp.einsum(
-            "bhij,bhjd->bhid", maps[:, piece, ..., :k], whole, precision=jax.lax.Precision.HIGHEST
-        )
-        whole = after.at[..., k:].add(maps[:, piece, ..., k:])
-    return whole[..., :k], whole[..., k:]
 
 
 def _sum(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from holo_jax.functional import MemoryState, accumulate
+from holo_jax.functional.memory.chain import Part, chain
 
 RULES = ("hadamard", "outer", "erase")
 METHODS = ("recurrent", "associative_scan", "chunked")
@@ -115,15 +116,34 @@ def relative_error(x, y):
     return float(np.max(np.abs(x - y)) / max(np.max(np.abs(y)), 1e-30))
 
 
-def part_maps(write_phases, values, gates, erase, *, segment_ids=None, **options):
-    """``(A, B)`` of the erase rule over a part, by a value channel for each entry of the state before it."""
-    b, t, h, d = values.shape
-    m, dtype = write_phases.shape[-1], write_phases.dtype
-    widened = jnp.concatenate([values, jnp.zeros((b, t, h, 2 * m), values.dtype)], -1)
-    start = jnp.zeros((b, h, 2 * m, d + 2 * m), dtype).at[..., d:].set(jnp.eye(2 * m, dtype=dtype))
-    memory = jax.lax.complex(*jnp.split(start, 2, axis=-2))
-    begin = MemoryState(memory, jnp.zeros_like(memory), jnp.zeros((b, h), dtype))
-    options |= dict(segment_ids=segment_ids, initial_state=begin)
-    after = accumulate(write_phases, write_phases, widened, gates, erase, **options)[1].memory
-    real = jnp.concatenate([after.real, after.imag], axis=-2)
-    return real[..., d:], real[..., :d]
+def chained(*inputs, axis, continues, initial, segment_ids=None, **options):
+    """``accumulate_parts``'s erase rule by a chain, each part by the portable form and its own gradient."""
+
+    def run(inputs, segment_ids, start):
+        memory = jax.lax.complex(*jnp.split(start, 2, axis=-2))
+        begin = MemoryState(memory, jnp.zeros_like(memory), jnp.zeros(start.shape[:2], start.dtype))
+        outputs, after = accumulate(*inputs, segment_ids=segment_ids, initial_state=begin, **options)
+        after = after.memory + after.residue
+        return outputs, jnp.concatenate([after.real, after.imag], axis=-2)
+
+    def maps(inputs, segment_ids):
+        # A value channel for each entry of the state before it.
+        write, _, values, gates, erase = inputs
+        b, t, h, d = values.shape
+        k = 2 * write.shape[-1]
+        widened = jnp.concatenate([values, jnp.zeros((b, t, h, k), values.dtype)], -1)
+        start = jnp.zeros((b, h, k, d + k), initial.dtype).at[..., d:].set(jnp.eye(k, dtype=initial.dtype))
+        _, after = run((write, write, widened, gates, erase), segment_ids, start)
+        return after[..., d:], after[..., :d], None
+
+    def read(inputs, segment_ids, found, start):
+        (outputs, _), pull = jax.vjp(lambda x, s: run(x, segment_ids, s), inputs, start)
+        return outputs, pull
+
+    def gradient(pull, cotangent):
+        return pull((cotangent, jnp.zeros_like(initial)))[1], None
+
+    def finish(pull, found, cotangent, of_end):
+        return pull((cotangent, of_end))[0]
+
+    return chain(Part(maps, read, gradient, finish), axis, inputs, segment_ids, continues, initial)

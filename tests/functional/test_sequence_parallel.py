@@ -17,8 +17,8 @@ from tests.functional.cases import (
     RULES,
     arguments,
     binding_of,
+    chained,
     make_inputs,
-    part_maps,
     relative_error,
     value_and_grad,
 )
@@ -50,7 +50,7 @@ def total(outputs, state):
 
 
 @cache
-def divided(rule, method, chained=False):
+def divided(rule, method, by_chain=False):
     """Jitted ``(inputs, segments) -> ((loss, results), gradients by name)`` over the parts."""
 
     def part(inputs, segments):
@@ -61,7 +61,7 @@ def divided(rule, method, chained=False):
             binding=binding_of(rule),
             segment_ids=segments,
             initial_state=MemoryState(*(inputs[name] for name in STATE)),
-            **(dict(total=part_maps) if chained else {}),
+            **(dict(chained=chained) if by_chain else {}),
         )
         return outputs, final
 
@@ -89,13 +89,13 @@ def segments(kind):
 
 
 @pytest.mark.parametrize("kind", ["none", "borders", "long"])
-@pytest.mark.parametrize("rule, chained", [*((rule, False) for rule in RULES), ("erase", True)])
-def test_parts_equal_the_definition(rule, chained, kind):
-    """``chained`` finds each part's map before its outputs; the others in one pass with them."""
+@pytest.mark.parametrize("rule, by_chain", [*((rule, False) for rule in RULES), ("erase", True)])
+def test_parts_equal_the_definition(rule, by_chain, kind):
+    """``by_chain`` finds each part's map before its outputs; the others in one pass with them."""
     inputs = make_inputs(rule, TIME)
     ids = segments(kind)
     want, want_gradients = value_and_grad(rule, "recurrent")(inputs, ids)
-    got, gradients = divided(rule, "chunked", chained)(inputs, ids)
+    got, gradients = divided(rule, "chunked", by_chain)(inputs, ids)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert relative_error(x, y) < 1e-11
     for name in inputs:

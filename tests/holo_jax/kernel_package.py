@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from holo_jax.functional import accumulate
-from holo_jax.kernels import hopper
-from tests.functional.cases import part_maps
+from holo_jax.kernels import hopper, hopper_parts
+from tests.functional.cases import chained
 
 Calls = list[tuple[Any, ...]]
 
@@ -49,12 +49,12 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         calls.append(("memory", call.values.shape))
         return accumulate(**call._asdict())
 
-    def total(call):
-        calls.append(("total", call.values.shape))
-        given = call._asdict()
-        for name in ("read_phases", "initial_state"):
-            del given[name]
-        return part_maps(**given)
+    def parts(call, axis, continues, initial):
+        calls.append(("parts", call.values.shape))
+        given = call._asdict() | dict(axis=axis, continues=continues, initial=initial)
+        inputs = [given.pop(name) for name in ("write_phases", "read_phases", "values", "gates", "erase")]
+        del given["initial_state"]
+        return chained(*inputs, **given)
 
     for name, members in (
         ("jla", {}),
@@ -71,5 +71,5 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
             monkeypatch.setattr(sys.modules[parent], own, module, raising=False)
     monkeypatch.setattr(hopper, "missing", lambda: None)
     monkeypatch.setattr(hopper, "accumulate", memory)
-    monkeypatch.setattr(hopper, "total", total)
+    monkeypatch.setattr(hopper_parts, "accumulate", parts)
     return calls

@@ -328,13 +328,11 @@ def test_kernels_run_on_each_devices_part(axis: str, monkeypatch: pytest.MonkeyP
         jax.eval_shape(functions.loss, functions.shapes, ids, ids, None)
     b, t = rows // (2 if axis in ("data", "fsdp") else 1), time // (2 if axis == "seq" else 1)
     ways = 2 if axis == "tensor" else 1
-    memory = ("memory", (b, t, 2 // ways, 64))
+    memory = ("parts" if axis == "seq" else "memory", (b, t, 2 // ways, 64))
     denoiser = ("swiglu", (b, t, 192), (192, 2, 512 // ways))
     loss = ("loss", (b * t, 192), (64, 192), config.model.loss_chunk)
     # The loss over a divided vocabulary has no kernel.
-    rest = [memory, denoiser] + ([] if axis == "tensor" else [loss])
-    # A part of a divided sequence finds first what becomes of the memory before it.
-    assert calls == ([("total", memory[1])] if axis == "seq" else []) + rest
+    assert calls == [memory, denoiser] + ([] if axis == "tensor" else [loss])
 
 
 def test_parts_that_find_their_map_first_equal_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -353,7 +351,7 @@ def test_parts_that_find_their_map_first_equal_one_device(monkeypatch: pytest.Mo
     with jax.set_mesh(make_mesh(config.mesh)):
         # Another function, lest it find the trace of the first.
         got = jax.jit(lambda *inputs: gradient(*inputs))(params, *batch)
-    assert "total" in {name for name, *_ in calls}
+    assert "parts" in {name for name, *_ in calls}
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(np.asarray(x), np.asarray(y), rtol=1e-4, atol=1e-5)
 

@@ -22,21 +22,34 @@ from jax.custom_derivatives import SymbolicZero
 from holo_jax.array_types import Array, Bool, Float
 from holo_jax.functional.memory.chunks import keep
 
-Run = Callable[[Any, Any, Array], tuple[Any, Array]]
-Total = Callable[[Any, Any], tuple[Array, Array]]
+
+class Part(NamedTuple):
+    """How a device computes its part; each step hands the next what it has found. Hashable.
+
+    Attributes:
+      map: ``(operands, fixed) -> (A [b, h, k, k], B [b, h, k, d], found)``.
+      read: ``(operands, fixed, found, state) -> (outputs, saved)``, from the state before the part.
+      gradient: ``(saved, d_outputs) -> (D [b, h, k, d], found)``.
+      finish: ``(saved, found, d_outputs, d_state) -> d_operands``, with the gradient of the state after the
+        part.
+    """
+
+    map: Callable[[Any, Any], tuple[Array, Array, Any]]
+    read: Callable[[Any, Any, Any, Array], tuple[Any, Any]]
+    gradient: Callable[[Any, Any], tuple[Array, Any]]
+    finish: Callable[[Any, Any, Any, Array], Any]
 
 
 class _Saved(NamedTuple):
     """Residuals; ``transitions`` and ``continues`` are those of all parts, in their order."""
 
-    pull: Any
+    of_part: Any
     transitions: Array
     continues: Array
 
 
 def chain(
-    run: Run,
-    total: Total,
+    part: Part,
     axis: str,
     operands: Any,
     fixed: Any,
@@ -45,62 +58,61 @@ def chain(
 ) -> tuple[Any, Float[Array, "b h k d"], Float[Array, "b h k d"]]:
     """Outputs of this device's part, the state before it, and the state after the last part.
 
-    Equal to ``run`` over all parts one after the other, in values and in gradients by ``operands`` and
-    ``initial`` (reverse mode). Communication is an all-gather of ``A`` and ``B`` in the forward pass and of
-    ``D`` in the backward pass, whatever the length of a part.
+    Equal to reading all parts one after the other, in values and in gradients by ``operands`` and ``initial``
+    (reverse mode). Communication is an all-gather of ``A`` and ``B`` in the forward pass and of ``D`` in the
+    backward pass, whatever the length of a part.
 
     Args:
-      run: ``(operands, fixed, state) -> (outputs, state after)``, differentiable; called once.
-      total: ``(operands, fixed) -> (A [b, h, k, k], B [b, h, k, d])`` of this part; not differentiated.
+      part: how a part is computed.
       axis: name of the mesh axis, inside ``jax.shard_map``.
       operands: differentiable arrays of this part.
       fixed: arrays without gradient, such as segment ids.
       continues: whether the part goes on with the state before it, else it begins with zeros.
       initial: state before the first part, equal on all devices.
     """
-    return _chain(run, total, axis, operands, fixed, continues, initial)
+    return _chain(part, axis, operands, fixed, continues, initial)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chain(
-    run: Run, total: Total, axis: str, operands: Any, fixed: Any, continues: Array, initial: Array
+    part: Part, axis: str, operands: Any, fixed: Any, continues: Array, initial: Array
 ) -> tuple[Any, Array, Array]:
-    return _compute(run, total, axis, operands, fixed, continues, initial)[0]
+    return _compute(part, axis, operands, fixed, continues, initial)[0]
 
 
 def _compute(
-    run: Run, total: Total, axis: str, operands: Any, fixed: Any, continues: Array, initial: Array
+    part: Part, axis: str, operands: Any, fixed: Any, continues: Array, initial: Array
 ) -> tuple[tuple[Any, Array, Array], _Saved]:
-    transitions, added, goes_on = lax.all_gather((*total(operands, fixed), continues), axis)
+    transition, added, found = part.map(operands, fixed)
+    transitions, increments, goes_on = lax.all_gather((transition, added, continues), axis)
     state, before = initial, []
-    for part in range(goes_on.shape[0]):
-        state = keep(goes_on[part], state)
+    for each in range(goes_on.shape[0]):
+        state = keep(goes_on[each], state)
         before.append(state)
-        state = _product("bhij,bhjd->bhid", transitions[part], state) + added[part]
+        state = _product("bhij,bhjd->bhid", transitions[each], state) + increments[each]
     own = _own(before, axis)
-    (outputs, _), pull = jax.vjp(lambda x, s: run(x, fixed, s), operands, own)
-    return (outputs, own, state), _Saved(pull, transitions, goes_on)
+    outputs, saved = part.read(operands, fixed, found, own)
+    return (outputs, own, state), _Saved(saved, transitions, goes_on)
 
 
-def _forward(run: Run, total: Total, axis: str, *inputs: Any) -> tuple[tuple[Any, Array, Array], _Saved]:
-    return _compute(run, total, axis, *jax.tree.map(lambda x: x.value, inputs))
+def _forward(part: Part, axis: str, *inputs: Any) -> tuple[tuple[Any, Array, Array], _Saved]:
+    return _compute(part, axis, *jax.tree.map(lambda x: x.value, inputs))
 
 
 def _backward(
-    run: Run, total: Total, axis: str, saved: _Saved, cotangents: tuple[Any, Any, Any]
+    part: Part, axis: str, saved: _Saved, cotangents: tuple[Any, Any, Any]
 ) -> tuple[Any, None, None, Array]:
-    del run, total
     unused = isinstance(cotangents[2], SymbolicZero)
     of_outputs, of_own, of_last = jax.tree.map(_instantiated, cotangents)
-    _, local = saved.pull((of_outputs, jnp.zeros_like(of_own)))
+    local, found = part.gradient(saved.of_part, of_outputs)
     locals_ = lax.all_gather(local + of_own, axis)
     # Every device holds the last state, so each has a part of its gradient.
     gradient, after = of_last if unused else lax.psum(of_last, axis), []
-    for part in reversed(range(locals_.shape[0])):
+    for each in reversed(range(locals_.shape[0])):
         after.append(gradient)
-        gradient = locals_[part] + _product("bhij,bhid->bhjd", saved.transitions[part], gradient)
-        gradient = keep(saved.continues[part], gradient)
-    of_operands, _ = saved.pull((of_outputs, _own(after[::-1], axis)))
+        gradient = locals_[each] + _product("bhij,bhid->bhjd", saved.transitions[each], gradient)
+        gradient = keep(saved.continues[each], gradient)
+    of_operands = part.finish(saved.of_part, found, of_outputs, _own(after[::-1], axis))
     first = lax.axis_index(axis) == 0
     return of_operands, None, None, jnp.where(first, gradient, 0)
 

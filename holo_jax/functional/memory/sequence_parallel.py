@@ -21,7 +21,6 @@ from jax import lax
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.functional.binding import unbind
 from holo_jax.functional.checks import real_dtype
-from holo_jax.functional.memory.chain import chain
 from holo_jax.functional.memory.chunks import expand, keep
 from holo_jax.functional.memory.products import contract, features, from_planes, planes
 from holo_jax.functional.memory.state import MemoryState, check_erase, compensated_add, init_memory
@@ -60,7 +59,7 @@ def accumulate_parts(
     binding: str,
     segment_ids: Int[Array, "b t"] | None = None,
     initial_state: MemoryState | None = None,
-    total: Callable[..., tuple[Array, Array]] | None = None,
+    chained: Callable[..., tuple[Array, Array, Array]] | None = None,
     **options: Any,
 ) -> tuple[Float[Array, "b t h d"], MemoryState, MemoryState]:
     """``accumulate`` over a sequence whose parts are on the devices along ``axis``, inside ``jax.shard_map``.
@@ -68,7 +67,7 @@ def accumulate_parts(
     Equal to one ``accumulate`` over the whole sequence, in values and gradients, with memory, segment and
     rounding as there, but for a rounding of each part's total. Communication is an all-gather of one state a
     part (for the erase rule, of its transition too), and a reduce-scatter of the same in the backward pass
-    (with ``total``, an all-gather of a state's gradient).
+    (with ``chained``, an all-gather of a state's gradient).
 
     Args:
       accumulate: a form of ``holo_jax.functional.accumulate``, called once, on this device's part.
@@ -76,9 +75,10 @@ def accumulate_parts(
       write_phases, read_phases, values, gates, erase, binding, segment_ids: as in ``accumulate``, of this
         part. A segment goes on over the border of two parts where the ids on its two sides are equal.
       initial_state: memory before the first part; of its first position's segment. Equal on all devices.
-      total: for the erase rule, ``(write_phases, values, gates, erase, segment_ids, **options) -> (A, B)``
-        as real matrices, without outputs (``holo_jax.functional.memory.chain``). None finds them in the pass
-        of the outputs, by more value channels; what pays depends on the form.
+      chained: the erase rule by ``holo_jax.functional.memory.chain``, if a form has it: the five inputs, then
+        by name ``axis``, ``segment_ids``, ``continues``, ``initial`` (the real state before the first part),
+        and options -> outputs, the real state before this part, and that after the last. None finds a part's
+        map in the pass of its outputs, by more value channels; what pays depends on the form.
       options: passed on.
 
     Returns:
@@ -97,9 +97,14 @@ def accumulate_parts(
     run = jnp.zeros((batch, time), jnp.int32) if segment_ids is None else run_index(segment_ids)
     continues, survives = _continues(axis, batch, segment_ids), run[:, -1] == 0
     options |= dict(binding=binding, segment_ids=segment_ids)
-    if erase is not None and total is not None:
+    if erase is not None and chained is not None:
+        held = planes(initial_state.memory + initial_state.residue)
         given = (write_phases, read_phases, values, gates, erase)
-        return _chained(accumulate, total, axis, given, continues, survives, initial_state, options)
+        outputs, before, after = chained(*given, axis=axis, continues=continues, initial=held, **options)
+        writes = _writes(axis, gates, run, (continues, survives), initial_state.writes)
+        zeros = jnp.zeros_like(initial_state.memory)
+        incoming = MemoryState(from_planes(before), zeros, writes[0])
+        return outputs, incoming, MemoryState(from_planes(after), zeros, writes[1])
     inputs = (write_phases, read_phases)
 
     if erase is None:
@@ -132,46 +137,18 @@ def accumulate_parts(
     return outputs + keep(sees, carried), incoming, final
 
 
-def _chained(
-    accumulate: Callable[..., tuple[Array, MemoryState]],
-    total: Callable[..., tuple[Array, Array]],
-    axis: str,
-    operands: tuple[Array | None, ...],
-    continues: Array,
-    survives: Array,
-    initial: MemoryState,
-    options: dict[str, Any],
-) -> tuple[Array, MemoryState, MemoryState]:
-    """The erase rule by a chain of parts."""
-    segment_ids = options.pop("segment_ids")
-
-    def run(operands: tuple[Array | None, ...], segment_ids: Array | None, held: Array) -> tuple[Any, Array]:
-        memory = from_planes(held)
-        begin = MemoryState(memory, jnp.zeros_like(memory), jnp.zeros_like(initial.writes))
-        outputs, after = accumulate(*operands, segment_ids=segment_ids, initial_state=begin, **options)
-        return (outputs, after.writes), planes(after.memory + after.residue)
-
-    def maps(operands: tuple[Array | None, ...], segment_ids: Array | None) -> tuple[Array, Array]:
-        write, _, values, gates, erase = operands
-        return total(write, values, gates, erase, segment_ids=segment_ids, **options)
-
-    held = planes(initial.memory + initial.residue)
-    (outputs, writes), before, after = chain(run, maps, axis, operands, segment_ids, continues, held)
-    found = lax.all_gather((writes, continues, survives), axis)
-    starts, ends = _writes(found, initial.writes)
-    own = lax.dynamic_index_in_dim(starts, lax.axis_index(axis), 0, keepdims=False)
-    states = ((from_planes(x), writes) for x, writes in ((before, own), (after, ends)))
-    incoming, final = (MemoryState(memory, jnp.zeros_like(memory), writes) for memory, writes in states)
-    return outputs, incoming, final
-
-
-def _writes(parts: tuple[Array, Array, Array], initial: Array) -> tuple[Array, Array]:
-    """Sums of g^2 before every part, and after the last; ``parts`` are sums, ``continues``, ``survives``."""
+def _writes(
+    axis: str, gates: Array | None, run: Array, flags: tuple[Array, Array], initial: Array
+) -> tuple[Array, Array]:
+    """Sums of g^2 before this part and after the last; ``flags`` are ``continues`` and ``survives``."""
+    last = (run == run[:, -1:])[..., None]
+    squares = jnp.where(last, 1.0 if gates is None else jnp.square(gates.astype(initial.dtype)), 0.0)
+    own = jnp.broadcast_to(jnp.sum(squares, axis=1), initial.shape).astype(initial.dtype)
     before, state = [], initial
-    for writes, continues, survives in zip(*parts, strict=True):
+    for writes, continues, survives in zip(*lax.all_gather((own, *flags), axis), strict=True):
         before.append(keep(continues, state))
         state = writes + keep(survives, before[-1])
-    return jnp.stack(before), state
+    return lax.dynamic_index_in_dim(jnp.stack(before), lax.axis_index(axis), 0, keepdims=False), state
 
 
 def _continues(axis: str, batch: int, segment_ids: Array | None) -> Array:
