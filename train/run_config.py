@@ -1,6 +1,6 @@
 """The resolved configuration of a run: frozen, validated, JSON in and out, compared field by field.
 
-Defaults live in ``configs/base.py`` alone; here every field must be given.
+Defaults live in ``configs/base.py``; here a field has one only if it is younger than runs that are read.
 """
 
 import dataclasses
@@ -326,10 +326,13 @@ def _read_section(kind: Any, values: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(kind)
     names = [field.name for field in dataclasses.fields(kind)]
     _refuse_unknown(values, names, prefix)
+    # A field with a default is younger than runs that are read: they did what its default says.
+    younger = {f.name for f in dataclasses.fields(kind) if f.default is not dataclasses.MISSING}
     for name in names:
-        if name not in values:
+        if name not in values and name not in younger:
             raise ConfigError(f"{prefix}{name} is missing")
-    return kind(**{name: _read_value(hints[name], values[name], prefix + name) for name in names})
+    given = (name for name in names if name in values)
+    return kind(**{name: _read_value(hints[name], values[name], prefix + name) for name in given})
 
 
 def _refuse_unknown(values: Mapping[str, Any], known: list[str], prefix: str) -> None:

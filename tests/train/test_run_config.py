@@ -86,6 +86,7 @@ def test_model_fields_left_out_take_the_presets_values() -> None:
         ("model", 3, "model is 3; it must hold fields"),
         ("mesh.fsdp", 0, "mesh.fsdp is 0"),
         ("mesh.data", -2, "mesh.data is -2"),
+        ("mesh.transport", "post", "mesh.transport is 'post'; it must be collectives or copies"),
         ("data.source", "web", "data.source is 'web'; it must be one of"),
         ("data.paths", ["x"], "data.paths is"),
         ("data.weights", [1.0], "data.weights is"),
@@ -103,6 +104,13 @@ def test_missing_field_is_named() -> None:
     del values["optimizer"]["b2"]
     with pytest.raises(ConfigError, match=r"optimizer\.b2 is missing"):
         RunConfig.from_dict(values)
+
+
+def test_runs_from_before_a_field_was_there_are_read() -> None:
+    values = plain()
+    for name in ("transport", "reduce_dtype", "reshard_after_forward"):
+        del values["mesh"][name]
+    assert RunConfig.from_dict(values) == RunConfig.from_dict(plain())
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"name": NaN}', "[" * 100000, "\x00"])
