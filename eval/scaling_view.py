@@ -10,7 +10,7 @@ _USUAL = (
     ("reshard_after_forward", 1),
     ("reduce_dtype", "float32"),
     ("transport", "collectives"),
-    ("joined", 16),
+    ("joined", None),
 )
 _OF_A_PROGRAM = ("devices", "total_rows", "total_length")
 
