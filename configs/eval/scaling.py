@@ -4,8 +4,8 @@ Command:  python -m eval.scaling --config=configs/eval/scaling.py --out=runs/sca
           one case: --config.cases="('seq@1048576 remat=full block=norms',)"
 Hardware: two or more GPUs of one machine (kernels of the extra ``kernels`` on Hopper); :quick runs on fake
           CPU devices (XLA_FLAGS=--xla_force_host_platform_device_count=4), where its times mean nothing
-Expect:   two H200, blocks unrolled: data at .954, fsdp at .964 of two single cards; four H100, blocks in a scan:
-          .934 and .941 (docs/scaling.md)
+Expect:   two H200, blocks unrolled: data at .954, fsdp at .964 of two single cards; four H100, blocks in a
+          scan: .934 and .941 (docs/scaling.md)
 """
 
 from configs.eval import choose
@@ -18,8 +18,8 @@ _VARIANTS = {
         # AXIS@LENGTH: rows a device (total with strong=1); along seq, tokens of the whole sequence. The most
         # important come first: results are written as they come.
         cases=(
-            "data@4096 rows=8",
-            "fsdp@4096 rows=8",
+            "data@4096 rows=8 unroll=12",
+            "fsdp@4096 rows=8 unroll=12 reshard_after_forward=0",
             "seq@1048576 remat=full block=norms",
             "data@4096 rows=8 overlap=0 between=0",
             "fsdp@4096 rows=8 overlap=0 between=0",
