@@ -84,7 +84,8 @@ def test_parts_on_gpus_equal_the_definition(packed: bool, time: int) -> None:
     arguments = (memory, write, read, values, gates, erase)
     exact = partial(whole, dtype=jnp.float32, run=accumulate)
     want, one, several = (objective(run)(*arguments) for run in (exact, whole, parts))
-    names = "loss outputs memory residue writes d_memory d_write d_read d_values d_gates d_erase".split()
+    names = ["loss", "outputs", "memory", "residue", "writes"]
+    names += [f"d_{name}" for name in ("memory", "write", "read", "values", "gates", "erase")]
     for name, x, y, z in zip(
         names,
         *(jax.tree.leaves((found[0][0], found[0][1], found[1])) for found in (want, one, several)),
