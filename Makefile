@@ -12,7 +12,7 @@ RUN ?= runs/quickstart
 HUGE_PAGES = GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-cuda train test lint types tests faults lock clean
+.PHONY: help setup setup-cuda train test lint types tests quick faults lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F'\t' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,8 +45,11 @@ lint: setup ## ruff
 types: setup ## mypy on holo_jax and train
 	$(BIN)/mypy
 
-tests: setup ## pytest
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+tests: setup ## pytest: all tests, or those that SELECT names (SELECT='not slow')
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(if $(SELECT),-m '$(SELECT)')
+
+quick: setup ## every evaluation at its quick size, results checked, in runs/quick (minutes)
+	$(BIN)/python -m eval.quick
 
 faults: setup ## kill, corrupt and resume at length (N kills, default 100)
 	$(BIN)/python -m tests.faults --kills=$(or $(N),100)

@@ -25,7 +25,8 @@ from holo_jax.tokenizers import TokenizerError
 from train.corpus.errors import DataError
 
 _WRITE_EVERY = 20.0  # seconds between writes of partial results
-_UNFINISHED = "unfinished: the run was still going, or was stopped, when this file was written"
+FAILED_CONTROL = "FAILED CONTROL: "
+UNFINISHED = "unfinished: the run was still going, or was stopped, when this file was written"
 
 
 class UsageError(ValueError):
@@ -73,7 +74,7 @@ class Reporter:
     def save(self) -> None:
         """Writes what there is so far, so that a run that is stopped leaves it."""
         if self.out is not None and self.values:
-            self.results(notes=[*self.notes, _UNFINISHED]).write(self.out)
+            self.results(notes=[*self.notes, UNFINISHED]).write(self.out)
             self._written = time.monotonic()
 
     def note(self, text: str) -> None:
@@ -84,7 +85,7 @@ class Reporter:
     def fail_control(self, text: str) -> None:
         """Records that a control of the harness failed: the numbers are written, the exit code is 1."""
         self.failed_controls.append(text)
-        self.note(f"FAILED CONTROL: {text}")
+        self.note(f"{FAILED_CONTROL}{text}")
 
     def results(self, notes: Sequence[str] | None = None) -> Results:
         """Everything reported so far, with its provenance."""

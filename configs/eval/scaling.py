@@ -43,7 +43,7 @@ _VARIANTS = {
         layers=1,
         width=64,
         vocab=256,
-        cases=("fsdp@64 rows=2", "seq@256 strong=1"),
+        cases=("fsdp@64 rows=2 between=0", "seq@256 strong=1"),
         samples=2,
         least_seconds=0.001,
         together=1,

@@ -12,7 +12,6 @@ from eval.common import Reporter, freeze, load_config
 from eval.merge import merge
 from eval.perplexity import losses_of, predicted_bytes, summarise
 from eval.protocols import Reading, readings
-from eval.results import Results
 from eval.token_losses import LossReader, read_all
 from holo_jax import FULL, HoloConfig, HoloForCausalLM
 from holo_jax.tokenizers import load_tokenizer
@@ -183,14 +182,3 @@ def test_bytes_are_those_of_the_predicted_text():
 def test_settings_are_checked(change, message):
     with pytest.raises(ValueError, match=message):
         settings(**change)
-
-
-@pytest.mark.slow
-def test_an_untrained_model_knows_nothing(tmp_path):
-    assert perplexity.main([f"--out={tmp_path}", "--config=configs/eval/perplexity.py:quick"]) == 0
-    results = Results.read(tmp_path)
-    for value in results.select("perplexity", bucket="all"):
-        assert value.value == pytest.approx(258, rel=0.02)
-    assert len(results.select("bits_per_byte")) == 3
-    for value in results.select("bits_per_byte"):
-        assert value.value == pytest.approx(math.log2(258), rel=0.01)

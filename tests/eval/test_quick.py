@@ -46,10 +46,10 @@ def test_what_is_wrong_is_named(changes: dict, message: str, tmp_path: Path) -> 
     assert message in quick.problem(dataclasses.replace(GOOD, **changes), "needle", tmp_path)
 
 
-def test_only_controls_of_times_may_fail() -> None:
+def test_only_controls_that_other_processes_disturb_may_fail() -> None:
     slow, wrong = f"{FAILED_CONTROL}a token after 8 takes 1.2", f"{FAILED_CONTROL}attention scored 0.4"
     for notes, allowed in (((), False), ((slow, "other"), True), ((wrong,), False), ((slow, wrong), False)):
-        assert quick.timing_alone(dataclasses.replace(GOOD, notes=notes)) is allowed
+        assert quick.only_disturbed(dataclasses.replace(GOOD, notes=notes)) is allowed
 
 
 def perplexity(value: float) -> Results:

@@ -73,6 +73,7 @@ def test_content_addressing_recalls_vectors_and_positions_do_not():
     assert "Top-1 by preset" in text and "seed_nomlp" in text
 
 
+@pytest.mark.slow
 def test_attention_below_the_line_fails_the_control():
     chosen = settings(select=("attention",), control_from=1.1, grid=dict(
         seeds=(0,), rates=(1e-2,), steps=1, warmup=0.0, weight_decay=0.0, clip=1.0, b2=0.98, log_every=1,

@@ -47,6 +47,7 @@ def results() -> Results:
     return reporter.results()
 
 
+@pytest.mark.slow
 def test_a_run_has_every_cell(results, tmp_path):
     results.write(tmp_path)
     for length, pairs in ((8, 1), (16, 2)):
@@ -60,6 +61,7 @@ def test_a_run_has_every_cell(results, tmp_path):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_views_show_ours_and_the_published(results):
     text = recall_view.table(results)
     assert "small" in text
@@ -85,6 +87,7 @@ def test_scoring_an_oracle_and_a_blind_guess():
     assert n == 32
 
 
+@pytest.mark.slow
 def test_attention_below_the_line_is_a_failed_control(results):
     for line, failures in ((0.0, 0), (1.1, 1)):
         reporter = Reporter("recall", settings(), (0,), out=None, command="x")

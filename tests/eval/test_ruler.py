@@ -141,13 +141,3 @@ def test_views_take_partial_credit():
     reporter.add(mean("score", [0.25, 0.75], **where))
     assert "0.50" in ruler_view.table(reporter.results())
     assert absent("score", "oom", detail="", **where).value is None
-
-
-@pytest.mark.slow
-def test_the_quick_run_of_a_real_model(tmp_path):
-    assert (
-        ruler.main(
-            [f"--out={tmp_path}", "--config=configs/eval/ruler.py:quick", "--config.tasks=('single_1',)"]
-        )
-        == 0
-    )

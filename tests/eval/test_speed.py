@@ -1,4 +1,4 @@
-"""The speed harness: variants, sizes, the gate that holds speeds back, and a run of the quick variant."""
+"""The speed harness: variants, sizes, the gate that holds speeds back. ``eval.quick`` runs it whole."""
 
 import dataclasses
 import importlib.util
@@ -110,6 +110,7 @@ def test_failures_are_named():
     assert built.program is None and built.status == "failed" and "ZeroDivisionError" in built.detail
 
 
+@pytest.mark.slow
 def test_a_step_in_pieces_of_time_is_the_step():
     """The rematerialised pieces give the loss and the update of the whole sequence."""
     config = model_config("holo_sum", SMALL, precision=speed_precision())
@@ -131,6 +132,7 @@ def speed_precision():
     return FULL
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_gets_no_speeds(monkeypatch, tmp_path):
     """A backend that is off by 3% fails the gate, and nothing that could use it is timed."""
     right = kernels.accumulate
@@ -149,33 +151,6 @@ def test_a_wrong_kernel_gets_no_speeds(monkeypatch, tmp_path):
     results = Results.read(tmp_path)
     assert results.select("relative_error") and not results.select("milliseconds")
     assert not results.select("tokens_per_second")
-
-
-@pytest.mark.slow
-def test_quick_run(monkeypatch, tmp_path, capsys):
-    for part in (speed.memory_op, speed.mixer):
-        monkeypatch.setattr(part, "_SETS", 1)  # a third of the program to compile
-    monkeypatch.setattr(gate, "cases", lambda binding, dtype: [gate.Case(binding, False, 5, False, dtype)])
-    code = speed.main(
-        [
-            "--config=configs/eval/speed.py:quick",
-            f"--out={tmp_path}",
-            "--config.mixers=('holo@64',)",
-            "--config.train=('holo@64 remat=dots',)",
-            "--config.train_long=()",
-            "--config.layers=1",
-        ]
-    )
-    assert code == 0, capsys.readouterr()
-    results = Results.read(tmp_path)
-    assert len(results.select("tokens_per_second")) == 1
-    for value in results.select("milliseconds"):
-        assert (
-            value.value > 0 and results.one("floor_milliseconds", **value.where)
-            if "direction" in value.where
-            else True
-        )
-    assert "tokens/s" in (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torch") is not None, reason="PyTorch is installed")

@@ -73,6 +73,7 @@ def deep_config(preset: str, remat: str, rows: int, length: int, parts: int) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("preset", "remat", "length", "parts", "sizes"),
@@ -106,6 +107,7 @@ def test_the_peak_is_within_a_tenth_of_a_compiled_step(
     assert estimate.peak == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.devices(8)
 @pytest.mark.parametrize(
     ("preset", "remat", "sizes", "kept"),
@@ -168,6 +170,7 @@ def test_the_state_on_a_mesh_is_exact(optimizer: str) -> None:
     assert estimate.params == sum(jax.tree.leaves(sizes.params))
 
 
+@pytest.mark.slow
 def test_activations_divide_over_the_mesh() -> None:
     config = deep_config("holo", "dots", 8, 64, 1)
     whole, half = (estimate_memory(config, mesh).kept for mesh in (ONE, abstract(2, 1, 1, 1)))
@@ -272,6 +275,7 @@ def test_operations_and_shares() -> None:
     assert step_share(model_config("ssm", Size(12, 1024, 32_000)))[1] is False
 
 
+@pytest.mark.slow
 def test_advice_makes_it_fit() -> None:
     config = deep_config("holo", "none", 8, 64, 1)
     peak = make_plan(config, 1, H100).memory.peak / 1e9
@@ -281,6 +285,7 @@ def test_advice_makes_it_fit() -> None:
     assert advise(config, 1, dataclasses.replace(H100, hbm_gb=1e-3)) == ()
 
 
+@pytest.mark.slow
 def test_the_tables_of_the_document_are_computed() -> None:
     document = scaling.DOCUMENT.read_text()
     assert scaling.filled(document) == document, "python -m train.planning.scaling writes the tables anew"
@@ -324,6 +329,7 @@ def answers(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: " ".join(CASES[i][0][1:]) or str(i))
 def test_the_command_line_answers_in_one_piece(case: int, answers) -> None:
     code, output = answers[case]
