@@ -15,7 +15,7 @@ from holo_jax.array_types import Array
 
 # Numbers of a tile: 32 a thread and array.
 _TILE = 4096
-_PROGRAMS = 512
+_PROGRAMS = 1024
 _LEAST_ROWS = 16
 _WARPS = 4
 

@@ -87,9 +87,12 @@ class _Place:
 
     def clear_columns(self, ref: Any, times: Array, first: int) -> None:
         """Stores 0 in the columns from ``first`` on; one head's programs do."""
-        here = (times >= 0) & (times < self.time) & (self.head == 0)
-        for column in range(first, ref.shape[-1]):
-            plgpu.store(ref.at[self.row, times, column], jnp.zeros(times.shape, ref.dtype), mask=here)
+        count = ref.shape[-1] - first
+        if count:
+            columns = first + jax.lax.iota(jnp.int32, pl.next_power_of_2(count))
+            at = jnp.broadcast_arrays(times[:, None], columns[None])
+            here = (at[0] >= 0) & (at[0] < self.time) & (at[1] < ref.shape[-1]) & (self.head == 0)
+            plgpu.store(ref.at[self.row, *at], jnp.zeros(here.shape, ref.dtype), mask=here)
 
     def load_gate(self, ref: Any, times: Array) -> Array:
         """``[rows]`` of the head of ``[b, h, t]``, 0 outside of the row."""
