@@ -1,9 +1,9 @@
 """What the devices along one mesh axis send each other, and by which means; for use inside ``shard_map``.
 
 ``"collectives"`` are those of the compiler, on GPUs kernels of NCCL. They hold multiprocessors while they
-send, so a product beside them that needs all of those in one go takes two. ``"copies"`` sends by all-to-alls
-and permutations, which the compiler can leave to a GPU's copy engines (``train.compilation``), and adds up
-what was received in a pass of its own. The bytes are the same.
+send, so a product beside them that needs all of those in one go takes two. ``"copies"`` sends by all-to-alls,
+gradients between two devices by permutations (which the compiler joins), and adds up what was received in a
+pass of its own; a GPU's copy engines can do the sending (``train.compilation``). The bytes are the same.
 """
 
 import dataclasses
@@ -70,8 +70,7 @@ def all_reduce(x: Array, axis: str, exchange: Exchange) -> Array:
     if exchange.transport == "collectives" or x.shape[0] % count:
         return lax.psum(sent, axis).astype(x.dtype)
     if count == 2:
-        received = lax.ppermute(sent, axis, ((0, 1), (1, 0)))
-        return (sent.astype(jnp.float32) + received.astype(jnp.float32)).astype(x.dtype)
+        return (sent.astype(jnp.float32) + _other(sent, axis).astype(jnp.float32)).astype(x.dtype)
     part = _rounded(_own_part(sent, axis, 0), exchange.reduce_dtype)
     return all_gather(part, axis, 0, exchange).astype(x.dtype)
 
@@ -82,8 +81,17 @@ def _own_part(x: Array, axis: str, dimension: int) -> Array:
     shape = list(x.shape)
     shape[dimension : dimension + 1] = [count, shape[dimension] // count]
     pieces = jnp.moveaxis(x.reshape(shape), dimension, 0)
+    if count == 2:
+        index = lax.axis_index(axis)
+        own, other = (lax.dynamic_index_in_dim(pieces, i, keepdims=False) for i in (index, 1 - index))
+        return own.astype(jnp.float32) + _other(other, axis).astype(jnp.float32)
     received = lax.all_to_all(pieces, axis, 0, 0, tiled=True)
     return jnp.sum(received, axis=0, dtype=jnp.float32)
+
+
+def _other(x: Array, axis: str) -> Array:
+    """What the other one of two devices holds."""
+    return lax.ppermute(x, axis, ((0, 1), (1, 0)))
 
 
 def _joined(parts: Array, dimension: int) -> Array:
