@@ -81,7 +81,7 @@ H100 = Hardware(
 # between products, which a model divided over ``tensor`` does not run: 12 layers, width 1024, vocabulary
 # 32,000, rows of 2,048 tokens, 32,768 tokens a step, blocks unrolled, remat "dots" (without erase "none");
 # eval.speed on one H100, jax 0.11.2. In thousands of tokens a second: with all kernels ``holo`` 362, without
-# erase 395, ``seed`` 409 (2026-11-28, docs/results/speed_step), attention 342 (2026-11-25); without those
+# erase 395, ``seed`` 409 (2026-11-28, docs/log.md), attention 342 (2026-11-25); without those
 # 307, 312, 189 (all portable) and 287 (2026-11-24 and 25).
 MEASURED_SHARES = {
     "holo": (0.560, 0.470),
