@@ -41,9 +41,8 @@ NAMES = (
 )
 _PACKAGES = {"harness": "lm_eval"}
 _ENVIRONMENT = {"scaling": {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}}
-# Latency of decoding by context; peak memory of reading, on a CPU the process's, which `CLAIMS` bounds.
-_DISTURBED = ("a token after ", "reading ")
-SECONDS = 180.0
+_DISTURBED = "a token after "  # the latency of decoding, by context
+SECONDS, PROCESSOR_SECONDS = 180.0, 300.0  # three minutes of two cores are 360
 _HUNG = 1800.0
 
 
@@ -94,8 +93,8 @@ def run_one(name: str, out: Path) -> tuple[str, str]:
         wrong = problem(results, name, out)
     except (LookupError, OSError, TypeError, ValueError) as error:
         return line, f"exit code {code}, {error}\n{said}"
-    # A run that had to wait for a processor says nothing of its own time.
-    if clock > SECONDS and cpu > 0.8 * clock:
+    # The clock counts what else runs here; processors' seconds do not, but are up to twice as many beside it.
+    if clock > SECONDS and cpu > PROCESSOR_SECONDS:
         wrong = wrong or f"a quick variant ends within {SECONDS:.0f} s"
     return line, wrong
 

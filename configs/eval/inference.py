@@ -58,7 +58,7 @@ _VARIANTS = {
     "cpu": dict(_SMALL, batches=(1, 16), contexts=(1024, 4096, 16_384)),
     "quick": dict(
         _SMALL,
-        lengths=(2048, 65_536),  # a cache of the longer would be an eighth of the process
+        lengths=(2048, 262_144),  # a cache of the longer would be half as much as all the rest
         latency_contexts=(1024, 8192),
         decoders=("holo", "holo:int4", "attention"),
         contexts=(64, 256),

@@ -29,6 +29,9 @@ from holo_jax.model import HoloForCausalLM
 from holo_jax.precision import Precision
 
 _TIMEOUT = 900
+# Of a device's memory; and of a process on a CPU, most of which is what compiling took, more or less of it as
+# its threads found processors (428 to 475 MB for the same tokens).
+LIMITS = (0.02, 0.25)
 
 
 def run(
@@ -67,7 +70,7 @@ def run(
         ratio = peaks["holo", most] / peaks["holo", least]
         where = {"part": "reading", "model": "holo", "tokens": most}
         reporter.add(exact("peak_ratio", ratio, detail=f"over {least:,} tokens", **where))
-        if abs(ratio - 1) > 0.02:
+        if abs(ratio - 1) > LIMITS[jax.default_backend() == "cpu"]:
             reporter.fail_control(f"reading {most:,} tokens takes {ratio:.3f} of the memory of {least:,}")
 
 
