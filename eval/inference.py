@@ -8,8 +8,7 @@
 * storage, logits: capacity and logit error of states in bfloat16, int8 and int4;
 * drift: error of the running sum over a million steps.
 
-A control fails (exit code 1) if peak memory differs by more than 2% (on a CPU, where it is the process's with
-all that compiling took, 25%) or latency by more than 3%.
+A control fails (exit code 1) if peak memory differs by more than 2% or latency by more than 3%.
 """
 
 import dataclasses

@@ -45,6 +45,11 @@ SHARED = [
 ]
 PREPARE = ["--source=source", "--tokenizer=bytes", "--out=new", "--workers=1"]
 OTHERS = {
+    "eval.quick": [
+        (["neddle"], "no evaluation is called 'neddle'"),
+        (["--jobs=0"], "--jobs is 0; it must be at least 1"),
+        (["--out=file/inside"], "file/inside"),
+    ],
     "train.prepare": [
         ([], "--source is missing"),
         ([*PREPARE, "--source=absent"], "absent"),

@@ -32,5 +32,5 @@ def test_settings_are_checked(
 def test_reading_is_measured(model: str) -> None:
     sizes = dict(layers=1, width=64, vocab=64, activations="float32", length=64, piece=32, seed=0)
     measured = measure(model=model, **sizes)
-    assert set(measured) == {"peak_bytes", "tokens_per_second", "state_bytes"}
+    assert set(measured) - {"added_bytes"} == {"peak_bytes", "tokens_per_second", "state_bytes"}
     assert json.loads(json.dumps(measured)) and measured["peak_bytes"] > measured["state_bytes"] > 0
