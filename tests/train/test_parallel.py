@@ -99,9 +99,9 @@ def curve(
         ("holo", (1, 1, 4, 1)),
         ("holo", (1, 1, 1, 4)),
         ("holo", (2, 1, 2, 2)),
-        ("sum", (1, 2, 4, 1)),
-        ("dual", (1, 2, 2, 2)),
-        ("hybrid", (1, 1, 4, 2)),
+        pytest.param("sum", (1, 2, 4, 1), marks=pytest.mark.slow),
+        pytest.param("dual", (1, 2, 2, 2), marks=pytest.mark.slow),
+        pytest.param("hybrid", (1, 1, 4, 2), marks=pytest.mark.slow),
         ("ssm", (1, 1, 4, 2)),
     ],
 )
@@ -119,8 +119,8 @@ def test_twenty_steps_equal_one_device(model: str, sizes: tuple[int, ...]) -> No
         ("holo", (4, 1, 1, 1), "copies", False),
         ("holo", (1, 4, 1, 1), "copies", False),
         ("holo", (1, 4, 1, 1), "collectives", True),
-        ("dual", (2, 2, 2, 1), "copies", True),
-        ("sum", (2, 2, 1, 2), "copies", True),
+        pytest.param("dual", (2, 2, 2, 1), "copies", True, marks=pytest.mark.slow),
+        pytest.param("sum", (2, 2, 1, 2), "copies", True, marks=pytest.mark.slow),
     ],
 )
 def test_twenty_steps_are_the_same_however_devices_send(
