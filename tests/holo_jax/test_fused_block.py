@@ -19,6 +19,8 @@ from holo_jax.mixers import fused_memory
 from holo_jax.model import HoloForCausalLM
 from holo_jax.precision import FULL
 
+pytestmark = pytest.mark.slow
+
 
 @dataclasses.dataclass(frozen=True)
 class Settings:

@@ -14,7 +14,7 @@ from train.loop import build
 from train.sharding import batch_sharding, make_mesh, put_batch, replicated
 from train.step import StepFunctions
 
-pytestmark = pytest.mark.devices(8)
+pytestmark = [pytest.mark.devices(8), pytest.mark.slow]
 ROWS, TIME = 4, 64
 MODELS: dict[str, dict[str, Any]] = {
     "holo": dict(model__preset="holo", model__hd_dim=32, model__erase=False, model__block_backend="norms"),
