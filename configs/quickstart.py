@@ -2,8 +2,8 @@
 
 Command:  make train    (or: python -m train.main --config=configs/quickstart.py)
 Hardware: 2 CPU cores, or a GPU if one is there
-Duration: about 4 minutes on 2 CPU cores
-Expect:   fewer held-out bits per byte than gzip -9; a sample that looks like Python
+Duration: 4 to 7 minutes on 2 CPU cores
+Expect:   fewer held-out bits per byte than gzip -9; a sample in the letters of Python, if not its sense
 """
 
 from ml_collections import ConfigDict
