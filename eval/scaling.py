@@ -15,18 +15,18 @@ Cases are compiled a few at a time and written as they come, so that a run that 
 
 import dataclasses
 import itertools
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
 from eval import common, scaling_view
 from eval.common import Reporter, UsageError
 from eval.results import exact
+from eval.scaling_cases import Case, counts, parse_case
+from eval.scaling_links import measure_links
 from eval.speed_parts.models import Size, model_config
 from eval.speed_parts.profile import step_times
 from eval.speed_parts.timing import (
@@ -42,12 +42,12 @@ from eval.speed_parts.timing import (
 )
 from holo_jax.config import HoloConfig
 from holo_jax.exchange import Exchange
-from holo_jax.parallel import BATCH_AXES, DATA, MESH_AXES, SEQ
+from holo_jax.parallel import MESH_AXES
 from train.collectives import KINDS, collectives
-from train.compilation import JOINED, compiler_options
+from train.compilation import compiler_options
 from train.loop import build
 from train.run_config import MeshConfig, OptimizerConfig
-from train.sharding import batch_sharding, make_mesh, put_batch, replicated
+from train.sharding import batch_sharding, make_mesh, put_batch
 
 METRICS = ("tokens_per_second", "milliseconds")
 _OPTIMIZER = OptimizerConfig(
@@ -61,86 +61,7 @@ _OPTIMIZER = OptimizerConfig(
     clip_norm=1.0,
 )
 _STEPS = 1000
-_CHAIN = 16
-_LINK_BYTES = tuple(2**k for k in (10, 16, 20, 22, 24, 26, 29))
 _TOLERANCE = 0.02  # of losses and gradient norms in bfloat16
-
-
-class Case(NamedTuple):
-    """``AXIS@LENGTH[ key=value ...]``: what is measured on one device and on all.
-
-    Attributes:
-      axis: the mesh axis that the devices lie on.
-      length: tokens in a sequence, of all devices together along ``seq``.
-      rows: sequences of one device; of all together if ``strong``, and along ``seq``.
-      strong: 1 keeps the whole problem the same on one device, 0 the share of a device.
-      remat, unroll, model, block: of the model; ``block`` is its ``block_backend``. What one device runs and
-        a mesh does not (along ``seq`` and ``tensor``) is no loss of scaling: name there what both run.
-      reshard_after_forward, reduce_dtype, transport: of the mesh (``holo_jax.exchange``); 1 or 0, and names.
-      joined: MiB up to which collectives are joined.
-      overlap: 1 compiles as training does (``train.compilation``), 0 without its options.
-      between: 1 measures powers of two between one device and all as well.
-    """
-
-    axis: str
-    length: int
-    rows: int = 1
-    strong: int = 0
-    remat: str = "dots"
-    unroll: int = 1
-    model: str = "holo"
-    overlap: int = 1
-    block: str = "auto"
-    between: int = 1
-    reshard_after_forward: int = 1
-    reduce_dtype: str = "float32"
-    transport: str = "collectives"
-    joined: int = JOINED >> 20
-
-    @property
-    def exchange(self) -> Exchange:
-        """How its devices send."""
-        return Exchange(bool(self.reshard_after_forward), self.reduce_dtype, self.transport)
-
-    def shape(self, devices: int, largest: int) -> tuple[int, int]:
-        """Rows and tokens of the batch on ``devices`` devices, of at most ``largest``.
-
-        Raises:
-          UsageError: if they do not divide.
-        """
-        rows, length = self.rows, self.length
-        if not self.strong and self.axis == SEQ:
-            length = length * devices // largest
-        elif not self.strong and self.axis in BATCH_AXES:
-            rows = rows * devices
-        for name, size, over in (("rows", rows, BATCH_AXES), ("length", length, (SEQ,))):
-            if self.axis in over and size % devices:
-                raise UsageError(f"case {self}: {name} {size} must be a multiple of {devices} devices")
-        return rows, length
-
-
-def parse_case(text: str) -> Case:
-    """The case written as ``text``.
-
-    Raises:
-      ValueError: for another form, an unknown axis or key.
-    """
-    match = re.fullmatch(r"(\w+)@(\d+)((?:\s+\w+=\w+)*)", text.strip())
-    if not match or match[1] not in MESH_AXES:
-        raise ValueError(f"case is {text!r}; it must look like seq@65536 rows=1 strong=1, with a mesh axis")
-    kinds = Case.__annotations__
-    options: dict[str, Any] = {}
-    for pair in match[3].split():
-        key, value = pair.split("=")
-        if key not in kinds or key in ("axis", "length"):
-            raise ValueError(f"case {text!r} has the unknown key {key!r}")
-        options[key] = int(value) if kinds[key] is int else value
-    case = Case(match[1], int(match[2]), **options)
-    _ = case.exchange  # refuses what is none
-    for name in ("strong", "overlap", "between", "reshard_after_forward"):
-        if getattr(case, name) not in (0, 1):
-            raise ValueError(f"case {text!r} has {name} {getattr(case, name)}; it must be 0 or 1")
-    return case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,12 +185,6 @@ def make_plan(case: Case, size: Size, devices: int, largest: int) -> Plan:
     )
 
 
-def counts(largest: int, between: int = 1) -> list[int]:
-    """Numbers of devices that are measured: one, powers of two ``between``, and all."""
-    powers = {2**k for k in range(largest.bit_length()) if 2**k <= largest}
-    return sorted((powers if between else {1}) | {largest})
-
-
 class Baseline(NamedTuple):
     """What one device did in a case: loss and gradient norm of two steps, and seconds of one."""
 
@@ -308,59 +223,6 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
         if peak:
             reporter.add(exact("device_peak_gib", peak / 2**30, device=device.id))
-
-
-def measure_links(reporter: Reporter, largest: int) -> None:
-    """An all-reduce among all devices, small and large: microseconds, and bytes a second in its ring.
-
-    Several follow one another in a program, each waiting for the last, as in a step. A ring of n sends
-    2 (n - 1) / n of the bytes from each device.
-    """
-    mesh = make_mesh(MeshConfig(devices=largest, data=largest, fsdp=1, seq=1, tensor=1))
-
-    def chained(x: jax.Array) -> jax.Array:
-        for _ in range(_CHAIN):
-            x = jax.lax.psum(x, DATA) * (1.0 / largest)
-        return x
-
-    run = jax.jit(jax.shard_map(chained, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))
-    found: list[tuple[float, float]] = []
-    for size in _LINK_BYTES:
-        held = {"x": jax.device_put(np.ones(size // 4, np.float32), replicated(mesh))}
-
-        def one(held: dict = held) -> jax.Array:
-            held["x"] = run(held["x"])
-            return held["x"]
-
-        try:
-            seconds = sample_seconds(one, samples=5, least_seconds=0.002)
-        except Exception as error:
-            reporter.note(f"no all-reduce of {size} bytes: {failure(error)[1]}")
-            return
-        where = {"devices": largest, "bytes": size}
-        each = [one / _CHAIN for one in seconds]
-        ring = [2 * (largest - 1) / largest * size / one for one in each]
-        reporter.add(
-            median("all_reduce_microseconds", each, where, scale=1e6),
-            median("all_reduce_ring_gb_per_second", ring, where, scale=1e-9),
-        )
-        found.append((ring[0] * each[0], float(np.median(each))))
-        say(f"all-reduce of {size:,} bytes: {1e6 * np.median(each):.1f} us, {np.median(ring) / 1e9:.1f} GB/s")
-
-    fixed, rate = fit_link(*zip(*found, strict=True))
-    reporter.add(
-        exact("link_fixed_microseconds", 1e6 * fixed, devices=largest),
-        exact("link_gb_per_second", 1e-9 * rate, devices=largest),
-    )
-    say(f"all-reduce: {1e6 * fixed:.1f} us and its bytes at {1e-9 * rate:.1f} GB/s")
-
-
-def fit_link(sent: Sequence[float], seconds: Sequence[float]) -> tuple[float, float]:
-    """(fixed seconds, bytes a second) of ``seconds = fixed + sent / rate``, by least relative errors."""
-    weights = 1 / np.asarray(seconds)
-    columns = np.stack([weights, np.asarray(sent) * weights], axis=1)
-    fixed, slope = np.linalg.lstsq(columns, np.ones(len(weights)), rcond=None)[0]
-    return float(fixed), float(1 / slope)
 
 
 def measure(

@@ -117,15 +117,14 @@ def accumulate(
     """
     call = Call(write_phases, read_phases, values, gates, erase, **options)
     chosen = choose(call, backend)
-    # Behind a border: fused, what makes a factor would be computed once an element.
-    factors = None if factors is None else jax.lax.optimization_barrier(jax.lax.stop_gradient(factors))
-    if backend == "ensemble" and chosen != "portable":
+    ensembles = backend == "ensemble" and chosen != "portable"
+    if chosen == "triton" and not ensembles:  # it multiplies before it rounds, in the same pass
+        return triton.accumulate(call, factors=_constant(factors))
+    if ensembles:
         outputs, state = ensemble.accumulate(_KERNELS[chosen].accumulate, call)
-    elif chosen == "triton":
-        return triton.accumulate(call, factors=factors)
     else:
         outputs, state = _run(call, chosen)
-    return (outputs if factors is None else outputs * factors[..., None, None]), state
+    return _multiplied(outputs, factors), state
 
 
 def accumulate_parts(
@@ -137,9 +136,12 @@ def accumulate_parts(
     erase: Array | None = None,
     *,
     backend: str = "auto",
+    factors: Array | None = None,
     **options: Any,
 ) -> tuple[Array, MemoryState, MemoryState]:
     """``holo_jax.functional.accumulate_parts`` along ``axis``, each part by a chosen backend.
+
+    ``factors`` as in ``accumulate``, of this part.
 
     Raises:
       ValueError: for an unknown backend.
@@ -148,13 +150,25 @@ def accumulate_parts(
     inputs = (write_phases, read_phases, values, gates, erase)
     chosen = choose(Call(*inputs, **options), backend)
     chained = _hopper_parts if chosen == "hopper" else None
-    return _parts(partial(accumulate, backend=backend), axis, *inputs, chained=chained, **options)
+    run = partial(accumulate, backend=backend)
+    outputs, before, after = _parts(run, axis, *inputs, chained=chained, **options)
+    return _multiplied(outputs, factors), before, after
 
 
 def _hopper_parts(
     *inputs: Any, axis: str, continues: Array, initial: Array, **options: Any
 ) -> tuple[Array, Array, Array]:
     return hopper_parts.accumulate(Call(*inputs, **options), axis, continues, initial)
+
+
+def _multiplied(outputs: Array, factors: Array | None) -> Array:
+    factors = _constant(factors)
+    return outputs if factors is None else outputs * factors[..., None, None]
+
+
+def _constant(factors: Array | None) -> Array | None:
+    # Behind a border: fused, what makes a factor would be computed once an element.
+    return None if factors is None else jax.lax.optimization_barrier(jax.lax.stop_gradient(factors))
 
 
 def _run(call: Call, backend: str) -> tuple[Array, MemoryState]:

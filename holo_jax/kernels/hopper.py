@@ -86,7 +86,7 @@ def accumulate(
       implementation: ``"mosaic_gpu"``, or the package's plain ``"chunked"`` or ``"reference"`` form, which
         run anywhere and serve to test this mapping.
     """
-    keys, queries = _features(call)
+    keys, queries = features(call)
     outputs, state = accumulate_features(keys, queries, call, rule=rule, implementation=implementation)
     return outputs.astype(jnp.float32), state
 
@@ -111,16 +111,14 @@ def accumulate_features(
     scaled = scaled or _scaled
     from jla.ops import linear_attention
 
-    b, t, h, _ = call.values.shape
     options: dict[str, Any] = dict(scale=1.0, output_final_state=True, impl=implementation)
     if call.segment_ids is not None:
         options["segment_ids"] = call.segment_ids
     if call.initial_state is not None:
         held = call.initial_state.memory + call.initial_state.residue
         options["initial_state"] = jnp.concatenate([held.real, held.imag], axis=-2)
-    gates = jnp.ones((b, t, h), jnp.float32) if call.gates is None else call.gates.astype(jnp.float32)
     if call.erase is None:
-        values = call.values if gated or call.gates is None else scaled(call.values, gates)
+        values = call.values if gated or call.gates is None else scaled(call.values, _gates(call))
         outputs, state = _sum(queries, keys, values, implementation, options)
     elif rule == "gdn2":
         outputs, state = linear_attention(
@@ -130,12 +128,11 @@ def accumulate_features(
             call.values,
             g=jnp.zeros(keys.shape, jnp.float32),
             b=jnp.broadcast_to(call.erase[..., None], keys.shape),
-            w=jnp.broadcast_to(gates[..., None], call.values.shape),
+            w=jnp.broadcast_to(_gates(call)[..., None], call.values.shape),
             **options,
         )
     else:
-        strength = raised(call.erase.astype(jnp.float32), gates)
-        values = scaled(call.values, gates / strength)
+        values, strength = delta_operands(call, scaled)
         outputs, state = linear_attention("deltanet", queries, keys, values, beta=strength, **options)
     real, imag = jnp.split(state, 2, axis=-2)
     memory = jax.lax.complex(real, imag)
@@ -144,23 +141,28 @@ def accumulate_features(
     return outputs, MemoryState(memory, jnp.zeros_like(memory), total_writes(call))
 
 
-def erase_operands(call: Call) -> tuple[Array, Array, Array, Array]:
-    """(queries, keys, values, strength) that the delta-rule kernel is given for a call with ``erase``."""
+def delta_operands(call: Call, scaled: Callable[[Array, Array], Array] | None = None) -> tuple[Array, Array]:
+    """(values, strength) that the delta-rule kernel is given for a call with ``erase``."""
     assert call.erase is not None
-    b, t, h, _ = call.values.shape
-    keys, queries = _features(call)
-    gates = jnp.ones((b, t, h), jnp.float32) if call.gates is None else call.gates.astype(jnp.float32)
+    gates = _gates(call)
     strength = raised(call.erase.astype(jnp.float32), gates)
-    return queries, keys, _scaled(call.values, gates / strength), strength
+    return (scaled or _scaled)(call.values, gates / strength), strength
 
 
-def _features(call: Call) -> tuple[Array, ...]:
-    """Of the keys and of the queries, of every row."""
+def features(call: Call) -> tuple[Array, Array]:
+    """Of the keys and of the queries, for every row."""
     b, t, h, _ = call.values.shape
-    return tuple(
+    keys, queries = (
         jnp.broadcast_to(phasor_features(p, call.values.dtype), (b, t, h, 2 * p.shape[-1]))
         for p in (call.write_phases, call.read_phases)
     )
+    return keys, queries
+
+
+def _gates(call: Call) -> Array:
+    if call.gates is None:
+        return jnp.ones(call.values.shape[:3], jnp.float32)
+    return call.gates.astype(jnp.float32)
 
 
 def _sum(

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from holo_jax.array_types import Array
 from holo_jax.functional.memory.chain import Part, chain
 from holo_jax.kernels.call import READ_NAME, Call
-from holo_jax.kernels.hopper import CHUNK, erase_operands
+from holo_jax.kernels.hopper import CHUNK, delta_operands, features
 
 _product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -35,7 +35,8 @@ def accumulate(call: Call, axis: str, continues: Array, initial: Array) -> tuple
       continues: whether each row goes on with the state of the part before, ``[b]``.
       initial: real state ``[b, h, 2 m, d]`` before the first part.
     """
-    operands = erase_operands(call)
+    keys, queries = features(call)
+    operands = (queries, keys, *delta_operands(call))
     outputs, before, after = chain(_PART, axis, operands, call.segment_ids, continues, initial)
     # Named while narrow, so that a rematerialised block keeps it instead of running the kernel twice.
     return checkpoint_name(outputs, READ_NAME).astype(jnp.float32), before, after

@@ -28,7 +28,6 @@ class Walk(NamedTuple):
       rows: runs of a tile.
       steps: positions of a run.
       tiles: tiles of a program.
-      warps: warps of a program.
       gated: whether the first gate multiplies the features of write phases.
       interpret: run in Pallas' interpreter, anywhere.
     """
@@ -38,7 +37,6 @@ class Walk(NamedTuple):
     rows: int = 8
     steps: int = 16
     tiles: int = 2
-    warps: int = 4
     gated: bool = False
     interpret: bool = False
 
@@ -300,4 +298,4 @@ def _grid(walk: Walk, b: int, t: int, width: int) -> tuple[int, int, int]:
 
 
 def _parameters(walk: Walk) -> Any:
-    return None if walk.interpret else plgpu.CompilerParams(num_warps=walk.warps, num_stages=1)
+    return None if walk.interpret else plgpu.CompilerParams(num_warps=4, num_stages=1)

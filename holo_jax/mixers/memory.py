@@ -254,17 +254,13 @@ class MemoryMixer(nnx.Module):
             initial_state=state,
             chunk_size=config.chunk_size or None,
         )
-        factors = None
         if config.read_scale == "sqrt_time":
-            factors = 1.0 / jnp.sqrt(context.inside.astype(jnp.float32) + 1)
+            options["factors"] = 1.0 / jnp.sqrt(context.inside.astype(jnp.float32) + 1)
         if axis is None:
-            y, after = kernels.accumulate(write, read, values, gates, erase, factors=factors, **options)
+            y, after = kernels.accumulate(write, read, values, gates, erase, **options)
         else:
             y, state, after = kernels.accumulate_parts(axis, write, read, values, gates, erase, **options)
         assert_dtype(y, config.precision.memory, "retrieval")
-        if factors is not None and axis is not None:
-            # Behind a border: fused, the root and the quotient would be taken once an element.
-            y = y * jax.lax.optimization_barrier(factors)[..., None, None]
         if config.read_scale in ("none", "sqrt_time"):
             return y, after
         written = jnp.ones((b, t, h), jnp.float32) if gates is None else gates

@@ -6,23 +6,25 @@ import pytest
 
 from eval import scaling
 from eval.common import UsageError, freeze, load_config
+from eval.scaling_cases import counts, parse_case
+from eval.scaling_links import fit_link
 from eval.speed_parts.models import Size
 from eval.speed_parts.profile import exposed, gaps
 
 
 def test_cases_are_parsed_and_divided():
-    case = scaling.parse_case("seq@64 rows=2 remat=full")
+    case = parse_case("seq@64 rows=2 remat=full")
     assert (case.axis, case.length, case.rows, case.strong, case.remat) == ("seq", 64, 2, 0, "full")
     assert [case.shape(n, 4) for n in (1, 2, 4)] == [(2, 16), (2, 32), (2, 64)]
     assert [case._replace(strong=1).shape(n, 4) for n in (1, 4)] == [(2, 64), (2, 64)]
-    rows = scaling.parse_case("fsdp@64 rows=8")
+    rows = parse_case("fsdp@64 rows=8")
     assert [rows.shape(n, 4) for n in (1, 4)] == [(8, 64), (32, 64)]
     assert [rows._replace(strong=1).shape(n, 4) for n in (1, 4)] == [(8, 64), (8, 64)]
-    assert [scaling.counts(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
-    assert [scaling.counts(n, 0) for n in (1, 4)] == [[1], [1, 4]]
+    assert [counts(n) for n in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
+    assert [counts(n, 0) for n in (1, 4)] == [[1], [1, 4]]
     with pytest.raises(UsageError, match="rows 8 must be a multiple of 3 devices"):
         rows._replace(strong=1).shape(3, 3)
-    chosen = scaling.parse_case("fsdp@64 transport=copies reshard_after_forward=0 joined=64").exchange
+    chosen = parse_case("fsdp@64 transport=copies reshard_after_forward=0 joined=64").exchange
     assert (chosen.transport, chosen.reshard_after_forward, chosen.reduce_dtype) == (
         "copies",
         False,
@@ -35,7 +37,7 @@ def test_cases_are_parsed_and_divided():
         ("fsdp@64 transport=post", "transport is 'post'; it must be collectives or copies"),
     ):
         with pytest.raises(ValueError, match=message):
-            scaling.parse_case(text)
+            parse_case(text)
 
 
 def test_collectives_are_exposed_where_nothing_else_runs():
@@ -59,7 +61,7 @@ def test_gaps_are_named_by_what_is_around_them():
 
 def test_a_link_is_fitted():
     sent = np.array([2.0**k for k in (10, 20, 26, 29)])
-    fixed, rate = scaling.fit_link(sent, 4e-5 + sent / 250e9)
+    fixed, rate = fit_link(sent, 4e-5 + sent / 250e9)
     np.testing.assert_allclose((fixed, rate), (4e-5, 250e9), rtol=1e-6)
 
 
@@ -67,7 +69,7 @@ def test_a_link_is_fitted():
 @pytest.mark.parametrize("text", ["data@16 rows=2", "seq@16 rows=2", "seq@16 rows=2 strong=1"])
 def test_several_devices_do_what_one_does(text: str):
     """Weak cases repeat the rows of one device, along ``seq`` as segments, so that the losses are equal."""
-    plans = [scaling.make_plan(scaling.parse_case(text), Size(1, 64, 32), n, 2) for n in (1, 2)]
+    plans = [scaling.make_plan(parse_case(text), Size(1, 64, 32), n, 2) for n in (1, 2)]
     batches = [jax.device_get(plan.batch(0, 32)) for plan in plans]
     assert [b["tokens"].shape[1:] for b in batches] == [(p.rows, p.length) for p in plans]
     one, two = (b["tokens"][0] for b in batches)

@@ -170,6 +170,16 @@ def test_the_state_on_a_mesh_is_exact(optimizer: str) -> None:
     assert estimate.params == sum(jax.tree.leaves(sizes.params))
 
 
+def test_unrolled_blocks_are_planned_as_a_loop_on_any_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a GPU plans, blocks taken apart would hide what they keep from the walk."""
+    config = deep_config("holo", "full", 2, 64, 1)
+    unrolled = config.model.replace(scan_unroll=config.model.num_periods)
+    monkeypatch.setattr("holo_jax.model.splits_stacks", lambda: True)
+    found = estimate_memory(dataclasses.replace(config, model=unrolled), ONE)
+    assert found == estimate_memory(config, ONE)
+    assert found.kept > config.model.num_periods * 2 * 64 * 64 * 4
+
+
 @pytest.mark.slow
 def test_activations_divide_over_the_mesh() -> None:
     config = deep_config("holo", "dots", 8, 64, 1)

@@ -90,7 +90,7 @@ def _compute(
         state = keep(goes_on[each], state)
         before.append(state)
         state = _product("bhij,bhjd->bhid", transitions[each], state) + increments[each]
-    own = _own(before, axis)
+    own = own_part(before, axis)
     outputs, saved = part.read(operands, fixed, found, own)
     return (outputs, own, state), _Saved(saved, transitions, goes_on)
 
@@ -112,7 +112,7 @@ def _backward(
         after.append(gradient)
         gradient = locals_[each] + _product("bhij,bhid->bhjd", saved.transitions[each], gradient)
         gradient = keep(saved.continues[each], gradient)
-    of_operands = part.finish(saved.of_part, found, of_outputs, _own(after[::-1], axis))
+    of_operands = part.finish(saved.of_part, found, of_outputs, own_part(after[::-1], axis))
     first = lax.axis_index(axis) == 0
     return of_operands, None, None, jnp.where(first, gradient, 0)
 
@@ -128,5 +128,6 @@ def _product(spec: str, x: Array, y: Array) -> Array:
     return jnp.einsum(spec, x, y, precision=lax.Precision.HIGHEST)
 
 
-def _own(of_parts: list[Array], axis: str) -> Array:
+def own_part(of_parts: list[Array], axis: str) -> Array:
+    """What belongs to this device of what was found for every part, in their order."""
     return lax.dynamic_index_in_dim(jnp.stack(of_parts), lax.axis_index(axis), 0, keepdims=False)

@@ -21,6 +21,7 @@ from jax import lax
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.functional.binding import unbind
 from holo_jax.functional.checks import real_dtype
+from holo_jax.functional.memory.chain import own_part
 from holo_jax.functional.memory.chunks import expand, keep
 from holo_jax.functional.memory.products import contract, features, from_planes, planes
 from holo_jax.functional.memory.state import MemoryState, check_erase, compensated_add, init_memory
@@ -148,7 +149,7 @@ def _writes(
     for writes, continues, survives in zip(*lax.all_gather((own, *flags), axis), strict=True):
         before.append(keep(continues, state))
         state = writes + keep(survives, before[-1])
-    return lax.dynamic_index_in_dim(jnp.stack(before), lax.axis_index(axis), 0, keepdims=False), state
+    return own_part(before, axis), state
 
 
 def _continues(axis: str, batch: int, segment_ids: Array | None) -> Array:
