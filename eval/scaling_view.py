@@ -1,10 +1,11 @@
 """Table and plot of ``eval.scaling``."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from eval import plots
 from eval.common import cell, markdown_table
-from eval.results import Results, Value
+from eval.results import Results, Value, exact
 
 _USUAL = (
     ("reshard_after_forward", 1),
@@ -17,6 +18,11 @@ _OF_A_PROGRAM = ("devices", "total_rows", "total_length")
 
 def _case(value: Value) -> tuple:
     return tuple(item for item in value.where.items() if item[0] not in _OF_A_PROGRAM)
+
+
+def _unusual(where: Mapping[str, Any]) -> str:
+    """How the devices of a case send, where it is not the usual way; older results say less."""
+    return "".join(f", {name} {where[name]}" for name, usual in _USUAL if where.get(name, usual) != usual)
 
 
 def table(results: Results) -> str:
@@ -32,9 +38,7 @@ def table(results: Results) -> str:
         kind = "strong" if where["strong"] else "weak"
         name = f"{where['axis']} {kind}, {where['total_rows']} x {where['total_length']:,}"
         options = ", ".join(f"{name} {where[name]}" for name in ("remat", "unroll", "overlap", "block"))
-        options += "".join(
-            f", {name} {where[name]}" for name, usual in _USUAL if where.get(name, usual) != usual
-        )
+        options += _unusual(where)
         profiled = [
             one("exposed_milliseconds", where | {"by": "profile"}, 1),
             one("communication_milliseconds", where, 1),
@@ -74,7 +78,7 @@ def figures(results: Results, theme: str) -> dict:
     if not found:
         return {}
     with plots.style(theme):
-        figure, axes = plots.grid(title="Train step over devices")
+        figure, axes = plots.grid(size=(10.4, 4.0), title="Train step over devices")
         axis = axes[0][0]
         names = list(dict.fromkeys(map(_case, found)))
         for index, case in enumerate(names):
@@ -83,18 +87,19 @@ def figures(results: Results, theme: str) -> dict:
             kind = "strong" if own["strong"] else "weak"
             label = f"{own['axis']} {own['length']:,} {kind}"
             label += f", unroll {own['unroll']}, overlap {own['overlap']}"
-            label += "".join(f", {own[name]}" for name, usual in _USUAL if own.get(name, usual) != usual)
+            label += _unusual(own)
+            one = exact("efficiency", 1.0, **{**own, "devices": 1})  # by definition
             plots.line(
                 axis,
-                values,
+                [one, *values],
                 "devices",
                 label=label,
                 colour=plots.colour("", index),
                 marker=plots.MARKERS[index % 8],
             )
-        plots.log_ticks(axis, "x", [v.where["devices"] for v in found])
+        plots.log_ticks(axis, "x", [1, *(v.where["devices"] for v in found)])
         axis.set_ylim(0, 1.1)
         axis.set_xlabel("devices")
         axis.set_ylabel("tokens/s over devices x one device")
-        axis.legend()
+        axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5))
     return {"scaling": figure}
