@@ -29,14 +29,14 @@ from eval.results import FILENAME, Results
 # Longest first, so that none is left alone at the end; what it needs beside the extra `train`.
 NAMES = (
     "capacity",
-    "speed",
-    "recall",
-    "needle",
     "inference",
-    "perplexity",
-    "ruler",
+    "speed",
+    "needle",
+    "recall",
     "scaling",
+    "ruler",
     "orthogonality",
+    "perplexity",
     "harness",
 )
 _PACKAGES = {"harness": "lm_eval"}
