@@ -55,6 +55,7 @@ class Settings:
     samples: int
     least_seconds: float
     train_samples: int
+    train_seconds: float
     workers: int
     seed: int
 
@@ -166,7 +167,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             steps, long_steps = [], []
         profiled = {parse_variant(text) for text in settings.profile}
         options = dict(
-            least_seconds=settings.least_seconds,
+            least_seconds=settings.train_seconds,
             profiled=lambda one: getattr(one, "variant", None) in profiled,
             save=lambda: save(reporter),
         )

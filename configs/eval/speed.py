@@ -111,6 +111,7 @@ _FULL = dict(
     samples=10,
     least_seconds=0.03,
     train_samples=6,
+    train_seconds=0.5,  # of a sample: several steps are queued, as in training
     workers=8,  # programs compiled at a time
     seed=0,
 )
@@ -198,6 +199,7 @@ _VARIANTS = {
         samples=2,
         least_seconds=0.001,
         train_samples=2,
+        train_seconds=0.001,
         workers=2,
     ),
 }

@@ -245,8 +245,8 @@ def gated_features_case(rng: np.random.Generator) -> tuple[Callable, Callable, d
 
 
 def scale_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
-    """What retrievals are multiplied by, in packed rows of an odd length longer than a tile."""
-    shape = (2, 3, 1157)
+    """What retrievals are multiplied by, in packed rows of an odd length longer than a piece."""
+    shape = (2, 3, 2357)
     inputs = {"gates": rng.uniform(size=shape)}
     ids = np.stack([np.arange(shape[2]) // 371, np.arange(shape[2]) // 1111])
     inside = np.stack([np.arange(shape[2]) % 371, np.arange(shape[2]) % 1111])

@@ -35,18 +35,22 @@ class Case:
     length: int
     packed: bool
     dtype: str
+    positioned: bool = False
 
     @property
     def label(self) -> str:
         """A short name."""
-        rule = "erase" if self.erase else "sum"
+        rule = "positions" if self.positioned else "erase" if self.erase else "sum"
         return f"{self.binding} {rule} t={self.length}{' packed+state' if self.packed else ''} {self.dtype}"
 
 
 def cases(binding: str, dtype: str) -> list[Case]:
-    """Odd lengths, with and without segments and an initial state, both rules where there are two."""
-    rules = (False, True) if binding == "outer" else (False,)
-    return [Case(binding, e, t, packed, dtype) for e in rules for t, packed in ((63, False), (321, True))]
+    """Odd lengths, with and without segments and an initial state; both rules, or both addressings."""
+    return [
+        Case(binding, kind == "erase", t, packed, dtype, kind == "positions")
+        for kind in ("sum", "erase" if binding == "outer" else "positions")
+        for t, packed in ((63, False), (321, True))
+    ]
 
 
 def draw(
@@ -67,21 +71,37 @@ def draw(
     gates = sigmoid(wide(batch, t, heads))
     shape = (batch, heads, m, d) if case.binding == "outer" else (batch, heads, d)
     inputs: dict[str, Any] = {
-        "write_phases": 3 * wide(batch, t, heads, m),
-        "read_phases": 3 * wide(batch, t, heads, m),
+        "write_phases": None if case.positioned else 3 * wide(batch, t, heads, m),
+        "read_phases": None if case.positioned else 3 * wide(batch, t, heads, m),
         "values": rounded(wide(batch, t, heads, d)),
         "gates": gates,
         "erase": gates * sigmoid(wide(batch, t, heads) - 1) if case.erase else None,
         "initial_state": (wide(*shape), wide(*shape)) if case.packed else None,
     }
     starts = rng.random((batch, t)) < 0.02
+    turns, inside = _positions(rng, starts if case.packed else None, heads, m, t)
+    units = (inside[..., None, None] * turns).view(np.int32)  # exact: a turn has 2^32 of them
     others = {
+        "positions": (turns, inside) if case.positioned else None,
+        "phases": units * (2 * np.pi / 2**32) if case.positioned else None,
         "segment_ids": np.cumsum(starts, 1).astype(np.int32) if case.packed else None,
         "factors": rng.uniform(0.1, 1.0, size=(batch, t)) if case.binding == "hadamard" else None,
         "d_outputs": rounded(wide(batch, t, heads, d)),
         "d_memory": (wide(*shape), wide(*shape)),
     }
     return inputs, others
+
+
+def _positions(
+    rng: np.random.Generator, starts: np.ndarray | None, heads: int, m: int, t: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frequencies, and positions inside segments that go on from a million in the first of a row."""
+    turns = rng.integers(2**32, size=(heads, m), dtype=np.uint32)
+    at = np.arange(t)[None]
+    if starts is None:
+        return turns, at.astype(np.uint32)
+    begins = np.maximum.accumulate(np.where(starts & (at > 0), at, 0), axis=1)
+    return turns, (at - begins + np.where(begins == 0, 10**6, 0)).astype(np.uint32)
 
 
 def objective(function: Any, case: Case, dtype: Any, inputs: dict, others: dict, **options: Any) -> Any:
@@ -92,9 +112,9 @@ def objective(function: Any, case: Case, dtype: Any, inputs: dict, others: dict,
         memory = jax.lax.complex(*state)
         batch, heads = memory.shape[:2]
         state = MemoryState(memory, jnp.zeros_like(memory), jnp.ones((batch, heads), wide))
+    phases = [inputs[name] if others["phases"] is None else others["phases"] for name in NAMES[:2]]
     outputs, after = function(
-        inputs["write_phases"],
-        inputs["read_phases"],
+        *phases,
         inputs["values"].astype(dtype),
         inputs["gates"],
         inputs["erase"],
@@ -184,6 +204,8 @@ class Gate:
 def _job(backend: str, case: Case, narrow: Any) -> Job:
     def function(inputs: dict, others: dict) -> Any:
         options = {"backend": backend, "factors": others["factors"]}
+        if others["positions"] is not None:
+            options["positions"] = kernels.Positions(*others["positions"])
         return objective(kernels.accumulate, case, jnp.dtype(case.dtype), inputs, others, **options)
 
     return Job(

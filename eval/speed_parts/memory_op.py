@@ -13,7 +13,7 @@ from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.timing import Built, Job, compile_all, failure, median, missing, sample_seconds
 from holo_jax import kernels
 from holo_jax.functional import phases_at
-from holo_jax.kernels import hopper, triton
+from holo_jax.kernels import Positions, hopper, triton, triton_positions
 from holo_jax.kernels.call import Call
 from holo_jax.kernels.triton_program import Tiling
 
@@ -82,20 +82,30 @@ def draw(op: Op, key: jax.Array) -> dict[str, jax.Array]:
 
 def apply(op: Op, inputs: dict[str, jax.Array]) -> jax.Array:
     """The op, its output in bfloat16 as the next layer reads it."""
+    positions = None
     if op.addressing == "content":
         write, read = inputs["write"], inputs["read"]
     else:
         turns = jax.random.bits(jax.random.key(1), (op.heads, op.m), jnp.uint32)
-        write = read = phases_at(turns, jnp.arange(op.length, dtype=jnp.uint32)[None])
+        positions = Positions(turns, jnp.arange(op.length, dtype=jnp.uint32)[None])
+        write = read = phases_at(*positions)
     arguments = (write, read, inputs["values"], inputs["gates"], inputs.get("erase"))
     if op.rule and op.backend == "triton":
         tiling = Tiling(*map(int, op.rule.split("x")))
-        outputs, _ = triton.accumulate(Call(*arguments, op.binding), plain=tiling, turning=tiling)
+        call = Call(*arguments, op.binding)
+        if positions is not None:
+            outputs, _ = triton_positions.accumulate(call, positions, tiling=tiling)
+        else:
+            outputs, _ = triton.accumulate(call, plain=tiling, turning=tiling)
     elif op.rule:
         outputs, _ = hopper.accumulate(Call(*arguments, op.binding), rule=op.rule)
     else:
         outputs, _ = kernels.accumulate(
-            *arguments, binding=op.binding, backend=op.backend, chunk_size=op.chunk or None
+            *arguments,
+            binding=op.binding,
+            backend=op.backend,
+            chunk_size=op.chunk or None,
+            positions=positions,
         )
     return outputs.astype(jnp.bfloat16)
 

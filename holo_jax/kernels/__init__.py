@@ -14,12 +14,13 @@ from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
 from holo_jax.functional import accumulate_parts as _parts
-from holo_jax.kernels import block, capability, ensemble, hopper, hopper_parts, triton
+from holo_jax.kernels import block, capability, ensemble, hopper, hopper_parts, triton, triton_positions
 from holo_jax.kernels.call import READ_NAME, Call
 from holo_jax.kernels.capability import BackendUnavailableError
 from holo_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from holo_jax.kernels.phasor_features import phasor_features, sin_cos
 from holo_jax.kernels.swiglu import swiglu, swiglu_runs
+from holo_jax.kernels.triton_positions import Positions
 
 __all__ = [
     "AUTOMATIC",
@@ -27,6 +28,7 @@ __all__ = [
     "READ_NAME",
     "Backend",
     "BackendUnavailableError",
+    "Positions",
     "accumulate",
     "accumulate_parts",
     "available",
@@ -102,6 +104,7 @@ def accumulate(
     *,
     backend: str = "auto",
     factors: Array | None = None,
+    positions: Positions | None = None,
     **options: Any,
 ) -> tuple[Array, MemoryState]:
     """``holo_jax.functional.accumulate`` by a chosen backend; arguments and results are the same.
@@ -110,6 +113,7 @@ def accumulate(
       write_phases, read_phases, values, gates, erase, options: see there.
       backend: which form runs.
       factors: float32 ``[1 or b, t]``, what outputs are multiplied by; no gradient is taken of them.
+      positions: what both phases are those of, where they are: a kernel may then read no phases.
 
     Raises:
       ValueError: for an unknown backend.
@@ -119,6 +123,8 @@ def accumulate(
     chosen = choose(call, backend)
     ensembles = backend == "ensemble" and chosen != "portable"
     if chosen == "triton" and not ensembles:  # it multiplies before it rounds, in the same pass
+        if positions is not None:
+            return triton_positions.accumulate(call, positions, factors=_constant(factors))
         return triton.accumulate(call, factors=_constant(factors))
     if ensembles:
         outputs, state = ensemble.accumulate(_KERNELS[chosen].accumulate, call)

@@ -31,8 +31,6 @@ _USES = {
 _TOKENS = 64
 _WIDTHS = (128, 256, 512, 1024, 2048, 4096)
 _HEADS = (16, 32, 64, 128)
-# Positions of a row that `write_factors` is for.
-MOST_SCALED = triton_writes.MOST_POSITIONS
 
 
 def uses(backend: str, kind: str) -> bool:

@@ -124,7 +124,7 @@ def plan(call: Call, tiling: Tiling, pieces: int | None, interpret: bool) -> Pla
     return Plan(tiling, t, each, -(-tiles // each), h, interpret)
 
 
-def _padded_runs(plan: Plan, runs: Array | None) -> dict[str, Array]:
+def padded_runs(plan: Plan, runs: Array | None) -> dict[str, Array]:
     """Run indices from position -1 to ``padded``: 0 before the row, the last run after it."""
     if runs is None:
         return {}
@@ -132,7 +132,8 @@ def _padded_runs(plan: Plan, runs: Array | None) -> dict[str, Array]:
     return {"runs": jnp.pad(edge, [(0, 0), (1, 0)])}
 
 
-def _float(*shape: int) -> jax.ShapeDtypeStruct:
+def float32(*shape: int) -> jax.ShapeDtypeStruct:
+    """An array's shape and dtype."""
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
@@ -151,20 +152,28 @@ def _gather(mask: Array, totals: Array) -> Array:
     return jnp.einsum(spec, mask.astype(jnp.float32), totals, precision=jax.lax.Precision.HIGHEST)
 
 
-def _starts(plan: Plan, inputs: dict[str, Any], runs: dict[str, Array]) -> tuple[Array, ...]:
-    """The state before every piece, ``[b, pieces, width]`` by part."""
-    given = inputs["start"]
+def starts(
+    kernel: Any, plan: Plan, inputs: dict[str, Any], runs: dict[str, Array], given: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    """The state before every piece, ``[b, pieces, width]`` by part, by a kernel that walks forwards.
+
+    Args:
+      kernel: a pass of sums alone over ``inputs``.
+      plan: how the call is cut.
+      inputs: of the kernel.
+      runs: what ``padded_runs`` returns.
+      given: the state before the first piece, ``[b, width]`` by part.
+    """
     if plan.pieces == 1:
         return tuple(part[:, None] for part in given)
     b, width = given[0].shape
     shape = (b, plan.pieces, width)
     zeros = (jnp.zeros(shape, jnp.float32),) * 4
-    first = {name: x for name, x in inputs.items() if name in ("write", "values", "gates")}
     found = launch(
-        forward_kernel,
+        kernel,
         plan._replace(taken=plan.pieces - 1),
-        {**first, **runs, "start": zeros},
-        {"end": (_float(*shape),) * 4},
+        {**inputs, **runs, "start": zeros},
+        {"end": (float32(*shape),) * 4},
     )["end"]
     earlier = jnp.tril(jnp.ones((plan.pieces, plan.pieces - 1), bool), -1)
     reached = None
@@ -199,7 +208,7 @@ def _ends(
         backward_kernel,
         plan._replace(skipped=1, taken=plan.pieces - 1),
         {**first, **runs, "d_end": zeros},
-        {"d_start": (_float(*shape),) * 2},
+        {"d_start": (float32(*shape),) * 2},
     )["d_start"]
     later = jnp.triu(jnp.ones((plan.pieces, plan.pieces), bool), 1)[:, 1:]
     reached = None
@@ -220,14 +229,16 @@ def _forward(static: _Static, inputs: dict[str, Any], runs: Array | None, keep: 
     plan = static.turning if keep else static.plain
     values = inputs["values"]
     b, t, width = values.shape
-    run = _padded_runs(plan, runs)
+    run = padded_runs(plan, runs)
     outputs: dict[str, Any] = {
         "outputs": jax.ShapeDtypeStruct((b, t, width), values.dtype),
-        "end": (_float(b, plan.pieces, width),) * 4,
+        "end": (float32(b, plan.pieces, width),) * 4,
     }
     if keep:
-        outputs["states"] = (_float(b, plan.pieces * plan.tiles, width),) * 2
-    found = launch(forward_kernel, plan, {**inputs, **run, "start": _starts(plan, inputs, run)}, outputs)
+        outputs["states"] = (float32(b, plan.pieces * plan.tiles, width),) * 2
+    first = {name: x for name, x in inputs.items() if name in ("write", "values", "gates")}
+    before = starts(forward_kernel, plan, first, run, inputs["start"])
+    found = launch(forward_kernel, plan, {**inputs, **run, "start": before}, outputs)
     found["end"] = tuple(part[:, -1] for part in found["end"])
     # Named while narrow, so that a rematerialised block keeps them instead of running the kernel twice.
     return jax.tree.map(partial(checkpoint_name, name=READ_NAME), found)
@@ -247,7 +258,8 @@ def _memory_fwd(static: _Static, inputs: dict[str, Any], runs: Any) -> tuple[Any
     return (found["outputs"], found["end"]), (inputs, runs, found.get("states"))
 
 
-def _instantiate(x: Any) -> Array:
+def instantiate(x: Any) -> Array:
+    """Zeros for a cotangent that is known to be zero."""
     if isinstance(x, jax.custom_derivatives.SymbolicZero):
         return jnp.zeros(x.shape, x.dtype)
     return x
@@ -257,26 +269,26 @@ def _memory_bwd(static: _Static, saved: Any, cotangents: Any) -> tuple[Any, None
     inputs, runs, states = saved
     plan = static.plain if states is None else static.turning
     d_outputs, d_end = jax.tree.map(
-        _instantiate,
+        instantiate,
         cotangents,
         is_leaf=lambda x: isinstance(x, jax.custom_derivatives.SymbolicZero),
     )
     values = inputs["values"]
     b, t, width = values.shape
-    run = _padded_runs(plan, runs)
+    run = padded_runs(plan, runs)
     given = {name: x for name, x in inputs.items() if name != "start"}
     given["d_outputs"] = d_outputs
     outputs: dict[str, Any] = {
         "d_values": jax.ShapeDtypeStruct((b, t, width), values.dtype),
-        "d_start": (_float(b, plan.pieces, width),) * 2,
+        "d_start": (float32(b, plan.pieces, width),) * 2,
     }
     if "gates" in inputs:
-        outputs["d_gates"] = _float(b, t, width // plan.tiling.channels)
+        outputs["d_gates"] = float32(b, t, width // plan.tiling.channels)
     if states is not None:
         given["states"] = states
         for name in ("write", "read"):
             if name in inputs:
-                outputs[f"d_{name}"] = _float(b, t, width)
+                outputs[f"d_{name}"] = float32(b, t, width)
     # The residue of a state counts as part of the memory it corrects; the state's cotangent is the memory's.
     given["d_end"] = _ends(plan, given, run, (d_end[0], d_end[2]))
     found = launch(backward_kernel, plan, {**given, **run}, outputs)

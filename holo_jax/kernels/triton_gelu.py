@@ -13,9 +13,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
 from holo_jax.kernels.triton_gated_norm import tokens_of
+from holo_jax.kernels.triton_program import reciprocal
 
 _ROWS = 8
 _COLUMNS = 256
+_WARPS = 4
 _FORWARD_TOKENS, _BACKWARD_TOKENS = 64, 256
 
 
@@ -24,10 +26,10 @@ _SCALE = 0.3275911
 _SERIES = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 
 
-def _normal(x: Array) -> tuple[Array, Array]:
+def _normal(x: Array, *, approximate: bool) -> tuple[Array, Array]:
     """(distribution, density) of the standard normal; both from one exponential."""
     bell = jnp.exp(-0.5 * x * x)
-    t = 1.0 / (1.0 + (_SCALE * math.sqrt(0.5)) * jnp.abs(x))
+    t = reciprocal(1.0 + (_SCALE * math.sqrt(0.5)) * jnp.abs(x), approximate)
     series = jnp.full_like(t, _SERIES[-1])
     for coefficient in reversed(_SERIES[:-1]):
         series = series * t + coefficient
@@ -48,7 +50,7 @@ def _launch(kernel: Any, inputs: dict[str, Any], shapes: Any, tokens: int, inter
         grid=(n // tokens, width // columns),
         in_specs=({name: by_name.get(name, tile) for name in inputs},),
         out_specs={name: by_name.get(name, tile) for name in shapes},
-        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
         name=kernel.__name__,
     )(inputs)
@@ -65,7 +67,7 @@ def forward(x: Array, bias: Array, *, interpret: bool) -> Array:
         def step(index: Array, _: None) -> None:
             at = (pl.ds(index * rows, rows), slice(None))
             value = ins["x"][at].astype(jnp.float32) + offset
-            outs["y"][at] = (value * _normal(value)[0]).astype(x.dtype)
+            outs["y"][at] = (value * _normal(value, approximate=not interpret)[0]).astype(x.dtype)
 
         jax.lax.fori_loop(0, tokens // rows, step, None)
 
@@ -86,7 +88,7 @@ def backward(
         def step(index: Array, total: Array) -> Array:
             at = (pl.ds(index * rows, rows), slice(None))
             value = ins["x"][at].astype(jnp.float32) + offset
-            below, density = _normal(value)
+            below, density = _normal(value, approximate=not interpret)
             if again:
                 outs["y"][at] = (value * below).astype(x.dtype)
             gradient = ins["cotangent"][at].astype(jnp.float32) * (below + value * density)

@@ -40,6 +40,7 @@ class Tiling(NamedTuple):
       warps: warps of a program.
       stages: depth of the compiler's own load pipeline.
       approximate: the hardware's sine and cosine (error 7e-7 after the reduction) in place of polynomials.
+      ahead: load a tile's values while the tile before it is summed.
     """
 
     rows: int = 8
@@ -48,6 +49,7 @@ class Tiling(NamedTuple):
     warps: int = 4
     stages: int = 1
     approximate: bool = True
+    ahead: bool = False
 
     @property
     def length(self) -> int:
@@ -92,6 +94,11 @@ def sin_cos(phases: Array, approximate: bool) -> tuple[Array, Array]:
     return _instruction("sin.approx.f32 $0, $1;", reduced), _instruction("cos.approx.f32 $0, $1;", reduced)
 
 
+def reciprocal(x: Array, approximate: bool) -> Array:
+    """``1 / x`` of float32 away from 0 and infinity; the hardware's is off by one in the last place."""
+    return _instruction("rcp.approx.ftz.f32 $0, $1;", x) if approximate else 1.0 / x
+
+
 def _instruction(text: str, x: Array) -> Array:
     shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
     (result,) = plgpu.elementwise_inline_asm(
@@ -106,10 +113,13 @@ def combine(mask: Array, totals: Array) -> Array:
 
 
 class Program:
-    """Where one program is in the arrays: its row, piece and channels; loads and stores there."""
+    """Where one program is in the arrays: its row, piece and channels; loads and stores there.
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    Times count along the walk; ``backwards`` the walk begins at the last position of the row.
+    """
+
+    def __init__(self, plan: Plan, *, backwards: bool = False) -> None:
+        self.plan, self.backwards = plan, backwards
         tiling = plan.tiling
         self.piece, self.row = pl.program_id(1) + plan.skipped, pl.program_id(2)
         self.column = pl.program_id(0)
@@ -123,10 +133,15 @@ class Program:
         """Positions of all rows at one step of the tile that begins at ``start``."""
         return start + self.slots * self.plan.tiling.steps + step
 
+    def place(self, times: Array) -> Array:
+        """Where in the arrays a time is."""
+        return self.plan.time - 1 - times if self.backwards else times
+
     def block(self, times: Array) -> tuple[Array, Array]:
         """Indices of ``[rows, channels]``."""
         shape = (self.plan.tiling.rows, self.plan.tiling.channels)
-        return jnp.broadcast_to(times[:, None], shape), jnp.broadcast_to(self.columns[None, :], shape)
+        places = self.place(times)
+        return jnp.broadcast_to(places[:, None], shape), jnp.broadcast_to(self.columns[None, :], shape)
 
     def load(self, ref: Any, times: Array) -> Array:
         """``[rows, channels]`` in float32, 0 past the end."""
@@ -136,12 +151,12 @@ class Program:
     def gate(self, ref: Any, times: Array, width: int) -> Array:
         """``[rows, 1]``: the gate of the program's head."""
         head = self.first // width
-        return self._masked(ref.at[self.row, times, head], times, 1)[:, None]
+        return self._masked(ref.at[self.row, self.place(times), head], times, 1)[:, None]
 
     def factor(self, ref: Any, times: Array) -> Array:
         """``[rows, 1]``: what positions are multiplied by."""
         row = 0 if ref.shape[0] == 1 else self.row
-        return self._masked(ref.at[row, times], times, 1)[:, None]
+        return self._masked(ref.at[row, self.place(times)], times, 1)[:, None]
 
     def _masked(self, view: Any, times: Array, ndim: int) -> Array:
         if not self.masked:
@@ -160,11 +175,15 @@ class Program:
     def store_rows(self, ref: Any, times: Array, values: Array) -> None:
         """One number a row, in the column of this program."""
         inside = times < self.plan.time if self.masked else None
-        plgpu.store(ref.at[self.row, times, self.column], values, mask=inside)
+        plgpu.store(ref.at[self.row, self.place(times), self.column], values, mask=inside)
 
     def run(self, ref: Any, times: Array) -> Array:
-        """Run indices at positions -1 to ``padded``, where the array starts at position -1."""
+        """Run indices at times -1 to ``padded``, where the array, in the order of the walk, starts at -1."""
         return plgpu.load(ref.at[self.row, times + 1])
+
+    def constants(self, ref: Any) -> Array:
+        """``[channels]`` of ``[1 or b, width]``."""
+        return plgpu.load(ref.at[0 if ref.shape[0] == 1 else self.row, self.columns])
 
     def vector(self, ref: Any, index: Array) -> Array:
         """``[channels]`` at one index."""

@@ -1,12 +1,13 @@
 """Kernels of ``1 / sqrt(sum of g^2)`` over a segment so far, by which retrievals are multiplied.
 
-A program walks one head of one row in tiles of ``_ROWS`` runs of ``_STEPS`` positions, forwards for the sums
-and backwards for their gradient. A run is summed position by position; what runs and tiles before it leave is
-added where it belongs to the same segment, so nothing is a difference of longer sums (Pallas, lowered to
-Triton).
+A program walks a piece of one head of one row in tiles of ``_ROWS`` runs of ``_STEPS`` positions, forwards
+for the sums and backwards for their gradient. A run is summed position by position; what runs, tiles and
+pieces before it leave is added where it belongs to the same segment, so nothing is a difference of longer
+sums. What pieces leave is found by a kernel before (Pallas, lowered to Triton).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,18 +19,29 @@ from holo_jax.array_types import Array
 
 # A tile of 1,024 positions takes a program of two warps about as long as one small kernel takes to start.
 _ROWS, _STEPS = 64, 16
-# From here on the levels of a parallel sum are faster than one program a head.
-MOST_POSITIONS = 16_384
+# A piece of as many tiles, or more where a row would have more pieces than a program looks back on at once.
+_TILES, _MOST_PIECES = 2, 256
+
+
+class _Cut:
+    """How a row is cut into pieces; ``rows`` and ``steps`` are the shape of a tile."""
+
+    def __init__(self, time: int, interpret: bool) -> None:
+        # The interpreter compiles every position of a run on its own.
+        self.rows, self.steps = (4, 4) if interpret else (_ROWS, _STEPS)
+        tiles = -(-time // (self.rows * self.steps))
+        self.tiles = max(_TILES, -(-tiles // _MOST_PIECES))
+        self.pieces = -(-tiles // self.tiles)
+        self.length = self.tiles * self.rows * self.steps
 
 
 class _Walk:
-    """One head of one row, in either direction."""
+    """A piece of one head of one row, in either direction."""
 
-    def __init__(self, time: int, inside: Any, *, backwards: bool, interpret: bool) -> None:
-        self.time, self.inside, self.backwards = time, inside, backwards
-        # The interpreter compiles every position of a run on its own.
-        self.rows, self.steps = (4, 4) if interpret else (_ROWS, _STEPS)
-        self.row, self.head = pl.program_id(1), pl.program_id(0)
+    def __init__(self, time: int, inside: Any, cut: _Cut, *, backwards: bool) -> None:
+        self.time, self.inside, self.backwards, self.cut = time, inside, backwards, cut
+        self.rows, self.steps = cut.rows, cut.steps
+        self.head, self.piece, self.row = (pl.program_id(axis) for axis in range(3))
         self.slots = jax.lax.iota(jnp.int32, self.rows)
 
     def positions(self, places: Array) -> Array:
@@ -53,8 +65,29 @@ class _Walk:
         row = 0 if self.inside.shape[0] == 1 else self.row
         return positions - self._load(self.inside.at[row, positions], positions, 0)
 
-    def run(self, added: Callable[[Array], Array], store: Callable[[Array, Array], None]) -> None:
-        """Stores sums of what positions have ``added``, from where the walk came into their segment."""
+    def before(self, totals: Any) -> tuple[Array, Array]:
+        """(sum, segment) in which this piece finds the walk; pieces leave ``totals``, ``[b, h, n]``."""
+        if totals is None:
+            return jnp.float32(0), jnp.int32(-1)
+        pieces = jax.lax.iota(jnp.int32, pl.next_power_of_2(self.cut.pieces - 1))
+        there = pieces < jnp.minimum(self.piece, self.cut.pieces - 1)
+        left = plgpu.load(totals.at[self.row, self.head, pieces], mask=there, other=0.0)
+        ends = self.begin(self.positions((pieces + 1) * self.cut.length - 1))
+        if ends is None:
+            return jnp.sum(left), jnp.int32(-1)
+        own = jnp.sum(jnp.where(pieces == self.piece - 1, ends, 0))
+        return jnp.sum(jnp.where(ends == own, left, 0.0)), jnp.where(self.piece > 0, own, -1)
+
+    def run(
+        self,
+        added: Callable[[Array], Array],
+        before: tuple[Array, Array],
+        store: Callable[[Array, Array], None] | None,
+    ) -> Array:
+        """Stores sums of what positions have ``added``, from where the walk came into their segment.
+
+        Returns what the piece leaves to the next: the sum in the segment of its last position.
+        """
         tile = self.rows * self.steps
 
         def visit(index: Array, before: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -77,12 +110,15 @@ class _Walk:
             left = left + _where(None if previous is None else previous == segment, carried)
             for step, begin in enumerate(begins):
                 sums[step] = sums[step] + _where(_same(begin, previous), left)
-                store(self.positions(places + step), sums[step])
+                if store is not None:
+                    store(self.positions(places + step), sums[step])
             last = self.slots == self.rows - 1
             after = segment if begins[-1] is None else jnp.sum(jnp.where(last, begins[-1], 0))
             return jnp.sum(jnp.where(last, sums[-1], 0.0)), after
 
-        jax.lax.fori_loop(0, -(-self.time // tile), visit, (jnp.float32(0), jnp.int32(-1)))
+        first = self.piece * self.cut.tiles
+        carried, _ = jax.lax.fori_loop(first, first + self.cut.tiles, visit, before)
+        return carried
 
 
 def _same(x: Array | None, y: Array | None) -> Array | None:
@@ -102,58 +138,75 @@ def forward(gates: Array, inside: Array | None, *, eps: float, interpret: bool) 
       eps: added under the root.
       interpret: run in Pallas' interpreter, anywhere.
     """
+
+    def added(walk: _Walk, ins: dict[str, Any], positions: Array) -> Array:
+        return jnp.square(walk.gates(ins["gates"], positions))
+
+    def store(walk: _Walk, ins: dict[str, Any], out: Any, positions: Array, total: Array) -> None:
+        view = out.at[walk.row, positions, walk.head]
+        plgpu.store(view, jax.lax.rsqrt(total + eps), mask=positions < walk.time)
+
     b, h, t = gates.shape
-    inputs = {"gates": gates} | ({} if inside is None else {"inside": inside})
-
-    def kernel(ins: dict[str, Any], out: Any) -> None:
-        walk = _Walk(t, ins.get("inside"), backwards=False, interpret=interpret)
-
-        def store(positions: Array, total: Array) -> None:
-            view = out.at[walk.row, positions, walk.head]
-            plgpu.store(view, jax.lax.rsqrt(total + eps), mask=positions < t)
-
-        walk.run(lambda positions: jnp.square(walk.gates(ins["gates"], positions)), store)
-
-    return pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct((b, t, h), jnp.float32),
-        grid=(h, b),
-        compiler_params=_parameters(interpret),
-        interpret=interpret,
-        name="write_factors_forward",
-    )(inputs)
+    shape = jax.ShapeDtypeStruct((b, t, h), jnp.float32)
+    return _walked("write_factors_forward", {"gates": gates}, inside, shape, added, store, interpret)
 
 
 def backward(
     gates: Array, factors: Array, inside: Array | None, cotangent: Array, *, interpret: bool
 ) -> Array:
     """The gradient of the gates, ``[b, h, t]``."""
-    b, h, t = gates.shape
+
+    def added(walk: _Walk, ins: dict[str, Any], positions: Array) -> Array:
+        factor = walk.factors(ins["factors"], positions)
+        return -factor * factor * factor * walk.factors(ins["cotangent"], positions)
+
+    def store(walk: _Walk, ins: dict[str, Any], out: Any, positions: Array, total: Array) -> None:
+        view = out.at[walk.row, walk.head, positions]
+        plgpu.store(view, total * walk.gates(ins["gates"], positions), mask=positions >= 0)
+
     inputs = {"gates": gates, "factors": factors, "cotangent": cotangent}
-    inputs |= {} if inside is None else {"inside": inside}
-
-    def kernel(ins: dict[str, Any], out: Any) -> None:
-        walk = _Walk(t, ins.get("inside"), backwards=True, interpret=interpret)
-
-        def added(positions: Array) -> Array:
-            factor = walk.factors(ins["factors"], positions)
-            return -factor * factor * factor * walk.factors(ins["cotangent"], positions)
-
-        def store(positions: Array, total: Array) -> None:
-            view = out.at[walk.row, walk.head, positions]
-            plgpu.store(view, total * walk.gates(ins["gates"], positions), mask=positions >= 0)
-
-        walk.run(added, store)
-
-    return pl.pallas_call(
-        kernel,
-        out_shape=jax.ShapeDtypeStruct(gates.shape, jnp.float32),
-        grid=(h, b),
-        compiler_params=_parameters(interpret),
-        interpret=interpret,
-        name="write_factors_backward",
-    )(inputs)
+    shape = jax.ShapeDtypeStruct(gates.shape, jnp.float32)
+    return _walked("write_factors_backward", inputs, inside, shape, added, store, interpret, backwards=True)
 
 
-def _parameters(interpret: bool) -> Any:
-    return None if interpret else plgpu.CompilerParams(num_warps=2, num_stages=1)
+def _walked(
+    name: str,
+    inputs: dict[str, Array],
+    inside: Array | None,
+    shape: jax.ShapeDtypeStruct,
+    added: Callable[..., Array],
+    store: Callable[..., None],
+    interpret: bool,
+    backwards: bool = False,
+) -> Array:
+    """What ``store`` makes of the sums of ``added``; both are given the walk and the arrays."""
+    b, h, t = inputs["gates"].shape
+    cut = _Cut(t, interpret)
+    inputs = inputs if inside is None else {**inputs, "inside": inside}
+
+    def launch(
+        kernel: Callable[..., None], given: dict[str, Array], out: jax.ShapeDtypeStruct, pieces: int
+    ) -> Array:
+        return pl.pallas_call(
+            kernel,
+            out_shape=out,
+            grid=(h, pieces, b),
+            compiler_params=None if interpret else plgpu.CompilerParams(num_warps=2, num_stages=1),
+            interpret=interpret,
+            name=name,
+        )(given)
+
+    def leave(ins: dict[str, Any], out: Any) -> None:
+        walk = _Walk(t, ins.get("inside"), cut, backwards=backwards)
+        left = walk.run(partial(added, walk, ins), walk.before(None), None)
+        plgpu.store(out.at[walk.row, walk.head, walk.piece], left)
+
+    def sums(ins: dict[str, Any], out: Any) -> None:
+        walk = _Walk(t, ins.get("inside"), cut, backwards=backwards)
+        before = walk.before(ins.get("totals"))
+        walk.run(partial(added, walk, ins), before, partial(store, walk, ins, out))
+
+    if cut.pieces > 1:
+        last = cut.pieces - 1
+        inputs["totals"] = launch(leave, inputs, jax.ShapeDtypeStruct((b, h, last), jnp.float32), last)
+    return launch(sums, inputs, shape, cut.pieces)

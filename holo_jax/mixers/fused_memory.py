@@ -12,7 +12,6 @@ import jax.numpy as jnp
 
 from holo_jax import kernels
 from holo_jax.array_types import Array, Float
-from holo_jax.functional import retrieval_scale
 from holo_jax.kernels import hopper
 from holo_jax.kernels.call import Call
 from holo_jax.layers import Linear, Normalization
@@ -128,10 +127,7 @@ def _mix(mixer: MemoryMixer, context: Context, values: Array, gate: Array, raw: 
     )
     factors = None
     if config.read_scale == "sqrt_writes":
-        if t <= kernels.block.MOST_SCALED:
-            factors = kernels.block.write_factors(opened[0], inside)
-        else:
-            factors = 1.0 / retrieval_scale(config.read_scale, gates, segment_ids=context.segment_ids)
+        factors = kernels.block.write_factors(opened[0], inside)
     return kernels.block.gated_product(
         retrieved, factors, gate, mixer.head_norm.weight[...], mixer.out.whole_weight, eps=config.norm_eps
     )

@@ -205,7 +205,8 @@ class MemoryMixer(nnx.Module):
                 raise ValueError("turns is None; positional addressing needs the layer's phasors")
             phases = phases_at(turns, context.inside)
             before = None if state is None else state.position
-            y, position = self._memory(phases, phases, values, gates, None, context, before)
+            at = kernels.Positions(turns, context.inside)
+            y, position = self._memory(phases, phases, values, gates, None, context, before, at)
             if config.addressing == "both":
                 retrieved = retrieved + taps["mix"][0][None, None, :, None] * y
             else:
@@ -240,6 +241,7 @@ class MemoryMixer(nnx.Module):
         erase: Array | None,
         context: Context,
         state: MemoryState | None,
+        positions: kernels.Positions | None = None,
     ) -> tuple[Array, MemoryState]:
         config = self.config
         b, t, h, _ = values.shape
@@ -257,6 +259,7 @@ class MemoryMixer(nnx.Module):
         if config.read_scale == "sqrt_time":
             options["factors"] = 1.0 / jnp.sqrt(context.inside.astype(jnp.float32) + 1)
         if axis is None:
+            options["positions"] = positions
             y, after = kernels.accumulate(write, read, values, gates, erase, **options)
         else:
             y, state, after = kernels.accumulate_parts(axis, write, read, values, gates, erase, **options)

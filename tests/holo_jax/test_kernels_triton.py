@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from holo_jax import kernels
-from holo_jax.functional import MemoryState, accumulate
-from holo_jax.kernels import BackendUnavailableError, triton
+from holo_jax.functional import MemoryState, accumulate, phases_at
+from holo_jax.functional.segments import borders
+from holo_jax.kernels import BackendUnavailableError, Positions, triton, triton_positions
 from holo_jax.kernels.call import Call
 from holo_jax.kernels.triton_program import Tiling
 
@@ -126,6 +127,48 @@ def test_outputs_are_multiplied_by_factors(rows):
     case = draw(93, packed=True, gated=True, shared=rows == 1, rows=rows)
     names = ("values", "gates", "state") if rows == 1 else None
     compare(interpreted(2, factors=factors), case, 2e-6, names, factors)
+
+
+def positioned(time, *, packed, gated):
+    """``draw`` with the phases of positions, which count on from a state's in the first segment of a row."""
+    case = draw(time, packed=packed, gated=gated, shared=True)
+    inputs, segments, weights = case
+    turns = jnp.asarray(np.random.default_rng(1).integers(2**32, size=(H, D)), jnp.uint32)
+    at = jnp.arange(time, dtype=jnp.uint32)[None]
+    inside = at
+    if packed:
+        begins = jax.lax.cummax(jnp.where(borders(segments), at.astype(jnp.int32), 0), axis=1)
+        first = jnp.asarray([[3_000_000_000], [5]], jnp.uint32)
+        inside = jnp.where(begins == 0, first + at, at - begins.astype(jnp.uint32))
+    # Exact in float64: whole units of a turn.
+    units = (inside[..., None, None] * turns[None, None]).view(jnp.int32)
+    inputs["write"] = np.asarray(units, np.float64) * (2 * np.pi / 2**32)
+    assert np.allclose(inputs["write"], phases_at(turns, inside), atol=1e-6)
+    return (inputs, segments, weights), Positions(turns, inside)
+
+
+@pytest.mark.parametrize(
+    ("time", "pieces", "ahead", "options"),
+    [
+        (63, 1, False, dict(packed=False, gated=False)),
+        (93, 3, True, dict(packed=True, gated=True)),
+        (96, 2, True, dict(packed=False, gated=True)),
+        (88, 2, False, dict(packed=True, gated=False)),
+    ],
+    ids=["plain", "packed-from-a-state-in-pieces", "whole-tiles", "packed-without-gates"],
+)
+def test_positions_need_no_phases(time, pieces, ahead, options):
+    case, positions = positioned(time, **options)
+    names = tuple(name for name in case[0] if name != "write")
+    rows = B if options["packed"] else 1
+    factors = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1.0, size=(rows, time)), jnp.float32)
+    tiling = SMALL._replace(ahead=ahead)
+
+    def run(call):
+        kept = dict(factors=factors, tiling=tiling, pieces=pieces, interpret=True)
+        return triton_positions.accumulate(call, positions, **kept)
+
+    compare(run, case, 2e-6, names, factors)
 
 
 @pytest.mark.parametrize("turned", [False, True])

@@ -1,0 +1,152 @@
+"""Kernel of the elementwise memory whose phases are those of positions (Pallas, lowered to Triton).
+
+``y_t = Re(e^{-i theta t} sum_{s <= t} e^{i theta s} x_s)`` needs no phase of any position: a sum that is
+turned by ``e^{-i theta}`` from one position to the next is the retrieval,
+
+    R_t = e^{-i theta} R_{t-1} + x_t,   y_t = Re R_t.
+
+As in ``triton_hadamard`` a tile is ``rows`` runs of ``steps`` positions. A run is walked twice: from nothing
+for its total, then from what earlier runs leave. Only between runs are sums turned to a frame that all share,
+by phasors whose angles are exact products modulo 2^32, so the error does not grow with the position. The
+gradient of ``x`` is the same walk over the cotangents from the last position to the first: ``cos`` is even.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from holo_jax.array_types import Array
+from holo_jax.functional.memory.state import compensated_add
+from holo_jax.kernels.triton_program import Pair, Plan, Program, combine, equal, sin_cos, where
+
+Refs = dict[str, Any]
+_RADIANS = 2.0 * math.pi / 2.0**32
+
+
+def rotation_forward(plan: Plan, inputs: Refs, outputs: Refs) -> None:
+    """The walk from the first position.
+
+    Inputs, by name: ``values``; ``turns`` and ``base``, int32 ``[1 or b, width]``: the angle at position t is
+    ``turns t + base`` units of 2^-32 of a turn; ``start``: the state before every piece; further ``gates`` of
+    the values, ``factors`` of the outputs, ``runs``. Outputs: ``end``, the state after every piece, and
+    ``outputs`` where wanted.
+    """
+    _walk(Program(plan), inputs, outputs, before="gates", after="factors")
+
+
+def rotation_backward(plan: Plan, inputs: Refs, outputs: Refs) -> None:
+    """The walk from the last position, whose values are cotangents of outputs.
+
+    Further input ``written``: the values that gates multiplied; further output ``d_gates``, of each program.
+    """
+    _walk(Program(plan, backwards=True), inputs, outputs, before="factors", after="gates")
+
+
+def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: str) -> None:
+    plan = program.plan
+    tiling, runs = plan.tiling, inputs.get("runs")
+    turns, base = (program.constants(inputs[name])[None] for name in ("turns", "base"))
+    one_step = _rotor(turns)
+    one_run = _rotor(turns * tiling.steps)
+
+    def scaled(x: Array, name: str, times: Array) -> Array:
+        if name not in inputs:
+            return x
+        if name == "gates":
+            return x * program.gate(inputs[name], times, inputs["values"].shape[-1] // plan.heads)
+        return x * program.factor(inputs[name], times)
+
+    def times_of(index: Array) -> list[Array]:
+        start = (program.piece * plan.tiles + index) * tiling.length
+        return [program.times(start, step) for step in range(tiling.steps)]
+
+    def load(index: Array) -> tuple[Array, ...]:
+        return tuple(program.load(inputs["values"], t) for t in times_of(index))
+
+    def tile(index: Array, carry: tuple[tuple[Array, ...], tuple[Array, ...]]) -> Any:
+        state, loaded = carry
+        start = (program.piece * plan.tiles + index) * tiling.length
+        times = times_of(index)
+        found_here = loaded if tiling.ahead else load(index)
+        loaded = load(jnp.minimum(index + 1, plan.tiles - 1)) if tiling.ahead else ()
+        values = [scaled(x, before, t) for x, t in zip(found_here, times, strict=True)]
+        here: Any = None
+        ahead: Any = None
+        same: list[Any] = [None] * tiling.steps
+        if runs is not None:
+            ahead = program.run(runs, times[0] - 1)
+            here = [program.run(runs, t) for t in times]
+            same = [equal(x, y) for x, y in zip(here, [ahead, *here[:-1]], strict=True)]
+
+        def advance(held: Pair | None, step: int) -> Pair:
+            """(imaginary, real) of the sum at a step, from that of the step before."""
+            if held is None:
+                return jnp.zeros_like(values[step]), values[step]
+            imag, real = _turned_back(held, one_step)
+            return where(same[step], imag), where(same[step], real) + values[step]
+
+        held: Pair | None = None
+        for step in range(tiling.steps):
+            held = advance(held, step)
+        assert held is not None
+        entry = _rotor((start - 1 + program.slots * tiling.steps)[:, None] * turns + base)
+        totals = _turned(held, _turned(entry, one_run))
+        allowed = program.slots[:, None] > program.slots[None, :]
+        last: Any = None
+        came: Any = None
+        survives: Any = None
+        if here is not None:
+            came, last = program.run(runs, start - 1), program.run(runs, start + tiling.length - 1)
+            allowed &= ahead[:, None] == here[-1][None, :]
+            survives = came == last
+        if "outputs" in outputs:
+            prefix = []
+            for part in (0, 1):
+                summed = (state[2 * part] + state[2 * part + 1])[None, :]
+                if here is not None:
+                    summed = jnp.where(equal(ahead, came), summed, 0.0)
+                prefix.append(combine(allowed, totals[1 - part]) + summed)
+            held = _turned_back((prefix[1], prefix[0]), entry)
+            for step, t in enumerate(times):
+                held = advance(held, step)
+                found = held[1]
+                if "d_gates" in outputs:
+                    written = program.load(inputs["written"], t)
+                    program.store_rows(outputs["d_gates"], t, jnp.sum(written * found, axis=1))
+                program.store(outputs["outputs"], t, scaled(found, after, t))
+        moved: list[Array] = []
+        for part in (0, 1):
+            total = totals[1 - part]
+            if here is not None:
+                total = jnp.where(equal(here[-1], last), total, 0.0)
+            added = jnp.sum(total, axis=0)
+            high, low = compensated_add(state[2 * part], state[2 * part + 1], added)
+            if survives is not None:
+                high, low = jnp.where(survives, high, added), jnp.where(survives, low, 0.0)
+            moved += [high, low]
+        return tuple(moved), loaded
+
+    state = tuple(program.vector(ref, program.piece) for ref in inputs["start"])
+    first = load(jnp.int32(0)) if tiling.ahead else ()
+    state, _ = jax.lax.fori_loop(0, plan.tiles, tile, (state, first))
+    for ref, part in zip(outputs["end"], state, strict=True):
+        program.put_vector(ref, program.piece, part)
+
+
+def _rotor(units: Array) -> Pair:
+    """(sine, cosine) of int32 angles in units of 2^-32 of a turn."""
+    return sin_cos(units.astype(jnp.float32) * _RADIANS, approximate=False)
+
+
+def _turned(x: Pair, by: Pair) -> Pair:
+    """``x e^{i angle}``; pairs are (imaginary, real), like (sine, cosine)."""
+    (imag, real), (sine, cosine) = x, by
+    return real * sine + imag * cosine, real * cosine - imag * sine
+
+
+def _turned_back(x: Pair, by: Pair) -> Pair:
+    """``x e^{-i angle}``."""
+    (imag, real), (sine, cosine) = x, by
+    return imag * cosine - real * sine, real * cosine + imag * sine
