@@ -88,6 +88,7 @@ def accumulate(
     """
     keys, queries = features(call)
     outputs, state = accumulate_features(keys, queries, call, rule=rule, implementation=implementation)
+    assert state is not None
     return outputs.astype(jnp.float32), state
 
 
@@ -100,18 +101,20 @@ def accumulate_features(
     implementation: str = "mosaic_gpu",
     scaled: Callable[[Array, Array], Array] | None = None,
     gated: bool = False,
-) -> tuple[Array, MemoryState]:
+    final: bool = True,
+) -> tuple[Array, MemoryState | None]:
     """``accumulate`` given the features ``[b, t, h, 2 m]`` of its phases, which are not read themselves.
 
     Outputs have the dtype of the values. ``scaled`` multiplies values by a factor a head; plain JAX if None.
     ``gated`` says that the keys are multiplied by the write gates already, so that values are not: the sum's
-    terms ``phi (g v)^T`` and ``(g phi) v^T`` are the same. The delta rule needs keys of norm 1.
+    terms ``phi (g v)^T`` and ``(g phi) v^T`` are the same. The delta rule needs keys of norm 1. Without
+    ``final`` there is no state, and the maps of the last piece of a row, where kernels cut it, are not sought.
     """
     assert not (gated and call.erase is not None)
     scaled = scaled or _scaled
     from jla.ops import linear_attention
 
-    options: dict[str, Any] = dict(scale=1.0, output_final_state=True, impl=implementation)
+    options: dict[str, Any] = dict(scale=1.0, output_final_state=final, impl=implementation)
     if call.segment_ids is not None:
         options["segment_ids"] = call.segment_ids
     if call.initial_state is not None:
@@ -134,10 +137,12 @@ def accumulate_features(
     else:
         values, strength = delta_operands(call, scaled)
         outputs, state = linear_attention("deltanet", queries, keys, values, beta=strength, **options)
-    real, imag = jnp.split(state, 2, axis=-2)
-    memory = jax.lax.complex(real, imag)
     # Named while narrow, so that a rematerialised block keeps it instead of running the kernel twice.
     outputs = checkpoint_name(outputs, READ_NAME)
+    if not final:
+        return outputs, None
+    real, imag = jnp.split(state, 2, axis=-2)
+    memory = jax.lax.complex(real, imag)
     return outputs, MemoryState(memory, jnp.zeros_like(memory), total_writes(call))
 
 

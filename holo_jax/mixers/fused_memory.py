@@ -123,7 +123,7 @@ def _mix(mixer: MemoryMixer, context: Context, values: Array, gate: Array, raw: 
         values=values.reshape(b, t, h, -1), gates=gates, erase=gates * rest[0] if rest else None
     )
     retrieved, _ = hopper.accumulate_features(
-        keys, queries, call, scaled=kernels.block.scaled_heads, gated=folded
+        keys, queries, call, scaled=kernels.block.scaled_heads, gated=folded, final=False
     )
     factors = None
     if config.read_scale == "sqrt_writes":

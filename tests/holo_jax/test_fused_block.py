@@ -39,8 +39,8 @@ def interpreted(monkeypatch):
 
     monkeypatch.setattr(kernels, "choose", choose)
 
-    def accumulate_features(keys, queries, call, *, scaled, gated):
-        assert gated is (call.erase is None)
+    def accumulate_features(keys, queries, call, *, scaled, gated, final):
+        assert gated is (call.erase is None) and not final
         calls.append(keys.shape)
         m = keys.shape[-1] // 2
         phases = (jnp.arctan2(x[..., m:], x[..., :m]) for x in (keys, queries))
