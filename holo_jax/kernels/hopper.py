@@ -108,7 +108,7 @@ def accumulate_features(
     Outputs have the dtype of the values. ``scaled`` multiplies values by a factor a head; plain JAX if None.
     ``gated`` says that the keys are multiplied by the write gates already, so that values are not: the sum's
     terms ``phi (g v)^T`` and ``(g phi) v^T`` are the same. The delta rule needs keys of norm 1. Without
-    ``final`` there is no state, and the maps of the last piece of a row, where kernels cut it, are not sought.
+    ``final`` there is no state; where kernels cut a row in pieces, the last one's map is then not sought.
     """
     assert not (gated and call.erase is not None)
     scaled = scaled or _scaled
