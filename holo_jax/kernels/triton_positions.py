@@ -21,9 +21,9 @@ from holo_jax.kernels.triton_program import Plan, Tiling
 from holo_jax.kernels.triton_rotation import rotation_backward, rotation_forward
 
 _CHANNELS = (64, 32)
-# Programs that fill a large device about four times: they wait for memory, and hold little.
-_PROGRAMS = 1024
-_LEAST_TILES = 4
+# Of two warps, four on a multiprocessor of a large device.
+_PROGRAMS = 512
+_LEAST_TILES = 8
 
 
 class Positions(NamedTuple):
@@ -62,7 +62,7 @@ def accumulate(
     """
     b, t, h, d = call.values.shape
     channels = next(c for c in _CHANNELS if d % c == 0)
-    tiling = tiling or Tiling(rows=8, steps=8, channels=channels, warps=channels // 16)
+    tiling = tiling or Tiling(rows=8, steps=8, channels=channels, warps=channels // 32)
     plan = _plan(call, tiling, pieces, interpret)
     turns, inside = positions
     inside = jnp.broadcast_to(inside, (b, t))
@@ -98,8 +98,7 @@ def _plan(call: Call, tiling: Tiling, pieces: int | None, interpret: bool) -> Pl
     tiles = -(-t // tiling.length)
     if pieces is None:
         wanted = -(-_PROGRAMS * tiling.channels // (b * h * d))
-        # A second pass over the values is worth it where programs would leave the device half empty.
-        pieces = max(1, min(wanted, tiles // _LEAST_TILES)) if wanted > 2 else 1
+        pieces = max(1, min(wanted, tiles // _LEAST_TILES))
     each = -(-tiles // pieces)
     return Plan(tiling, t, each, -(-tiles // each), h, interpret)
 

@@ -40,7 +40,6 @@ class Tiling(NamedTuple):
       warps: warps of a program.
       stages: depth of the compiler's own load pipeline.
       approximate: the hardware's sine and cosine (error 7e-7 after the reduction) in place of polynomials.
-      ahead: load a tile's values while the tile before it is summed.
     """
 
     rows: int = 8
@@ -49,7 +48,6 @@ class Tiling(NamedTuple):
     warps: int = 4
     stages: int = 1
     approximate: bool = True
-    ahead: bool = False
 
     @property
     def length(self) -> int:

@@ -69,9 +69,9 @@ def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: 
         state, loaded = carry
         start = (program.piece * plan.tiles + index) * tiling.length
         times = times_of(index)
-        found_here = loaded if tiling.ahead else load(index)
-        loaded = load(jnp.minimum(index + 1, plan.tiles - 1)) if tiling.ahead else ()
-        values = [scaled(x, before, t) for x, t in zip(found_here, times, strict=True)]
+        values = [scaled(x, before, t) for x, t in zip(loaded, times, strict=True)]
+        # The next tile's are on their way while this one is summed.
+        loaded = load(jnp.minimum(index + 1, plan.tiles - 1))
         here: Any = None
         ahead: Any = None
         same: list[Any] = [None] * tiling.steps
@@ -129,8 +129,7 @@ def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: 
         return tuple(moved), loaded
 
     state = tuple(program.vector(ref, program.piece) for ref in inputs["start"])
-    first = load(jnp.int32(0)) if tiling.ahead else ()
-    state, _ = jax.lax.fori_loop(0, plan.tiles, tile, (state, first))
+    state, _ = jax.lax.fori_loop(0, plan.tiles, tile, (state, load(jnp.int32(0))))
     for ref, part in zip(outputs["end"], state, strict=True):
         program.put_vector(ref, program.piece, part)
 

@@ -148,31 +148,30 @@ def positioned(time, *, packed, gated):
 
 
 @pytest.mark.parametrize(
-    ("time", "pieces", "ahead", "options"),
+    ("time", "pieces", "options"),
     [
-        (63, 1, False, dict(packed=False, gated=False)),
-        (93, 3, True, dict(packed=True, gated=True)),
-        (96, 2, True, dict(packed=False, gated=True)),
-        (88, 2, False, dict(packed=True, gated=False)),
+        (63, 1, dict(packed=False, gated=False)),
+        (93, 3, dict(packed=True, gated=True)),
+        (96, 2, dict(packed=False, gated=True)),
+        (88, 2, dict(packed=True, gated=False)),
     ],
     ids=["plain", "packed-from-a-state-in-pieces", "whole-tiles", "packed-without-gates"],
 )
-def test_positions_need_no_phases(time, pieces, ahead, options):
+def test_positions_need_no_phases(time, pieces, options):
     case, positions = positioned(time, **options)
     names = tuple(name for name in case[0] if name != "write")
     rows = B if options["packed"] else 1
     factors = jnp.asarray(np.random.default_rng(0).uniform(0.1, 1.0, size=(rows, time)), jnp.float32)
-    tiling = SMALL._replace(ahead=ahead)
 
     def run(call):
-        kept = dict(factors=factors, tiling=tiling, pieces=pieces, interpret=True)
+        kept = dict(factors=factors, tiling=SMALL, pieces=pieces, interpret=True)
         return triton_positions.accumulate(call, positions, **kept)
 
     compare(run, case, 2e-6, names, factors)
 
 
-@pytest.mark.parametrize("turned", [False, True])
-def test_kernels_lower_for_a_gpu(turned):
+@pytest.mark.parametrize("form", ["plain", "turned", "positions"])
+def test_kernels_lower_for_a_gpu(form):
     """All that happens before the device's own compiler: what the interpreter accepts, Triton may not."""
     shapes = (B, 321, H, 64)
     phases, values = jax.ShapeDtypeStruct(shapes, jnp.float32), jax.ShapeDtypeStruct(shapes, jnp.bfloat16)
@@ -180,9 +179,13 @@ def test_kernels_lower_for_a_gpu(turned):
 
     def step(phases, values, gates):
         def run(values, gates, moved):
-            write = phases + moved if turned else phases
+            write = phases + moved if form == "turned" else phases
             asked = Call(write, write, values, gates, None, "hadamard", segment_ids=segments)
-            return triton.accumulate(asked, factors=jnp.ones((1, 321)), pieces=2)[0]
+            kept = dict(factors=jnp.ones((1, 321)), pieces=2)
+            if form == "positions":
+                at = Positions(jnp.ones((H, 64), jnp.uint32), jnp.arange(321, dtype=jnp.uint32)[None])
+                return triton_positions.accumulate(asked, at, **kept)[0]
+            return triton.accumulate(asked, **kept)[0]
 
         outputs, pull = jax.vjp(run, values, gates, phases)
         return pull(outputs)
