@@ -5,6 +5,7 @@ flags belong to a process.
 """
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -136,6 +137,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).write_bytes(content)
     (root / "directory").mkdir()
     return root
+
+
+@pytest.fixture(autouse=True)
+def no_bytecode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python itself would write that of a configuration beside it."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
 
 def check(main, program: str, arguments: list[str], said: str, place: Path, capsys) -> None:
