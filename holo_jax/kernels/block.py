@@ -422,7 +422,7 @@ def convolved_features(
     if walk is None:
         # The interpreter compiles every position of a run on its own.
         walk = Walk(m, taps.shape[1], rows=max(1, 256 // m))
-        walk = walk._replace(rows=2, steps=2, interpret=True) if _interpreted() else walk
+        walk = walk._replace(rows=2, steps=3, ahead=2, interpret=True) if _interpreted() else walk
     static = walk._replace(gated=gated), jnp.dtype(dtype)
     *found, gates = _convolved_features(static, raw, taps, bias, inside)
     keys, queries = (x.reshape(b, t, -1, 2 * m) for x in found)

@@ -1,13 +1,15 @@
 """Kernels from raw phases and gates to features: two short convolutions, sine and cosine, in one pass.
 
-A program owns one head of one row and walks a stretch of time in tiles of ``rows`` runs of ``steps``
-positions. A run is walked position by position with the last few phases in registers, so a convolution costs
-no further reads but a few positions at the border of a run. The gates of a head stand in columns of their own
+A program owns one head of one row and walks a stretch of time in ``rows`` runs of ``steps`` positions. A run
+is walked position by position with the last few phases in registers, so a convolution costs no further reads
+but a few positions at the border of a run. What a position needs is asked for a few positions earlier: reads
+do not pass stores, and each would be waited for alone. The gates of a head stand in columns of their own
 behind all phases; the first of them, the write gate, may multiply the keys. Columns behind those are ignored
 (Pallas, lowered to Triton).
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -25,9 +27,9 @@ class Walk(NamedTuple):
     Attributes:
       m: phasors of a head, a power of two.
       taps: taps of a convolution.
-      rows: runs of a tile.
+      rows: runs of a program.
       steps: positions of a run.
-      tiles: tiles of a program.
+      ahead: positions for which reads are under way.
       gated: whether the first gate multiplies the features of write phases.
       interpret: run in Pallas' interpreter, anywhere.
     """
@@ -35,8 +37,8 @@ class Walk(NamedTuple):
     m: int
     taps: int
     rows: int = 8
-    steps: int = 16
-    tiles: int = 2
+    steps: int = 32
+    ahead: int = 4
     gated: bool = False
     interpret: bool = False
 
@@ -49,13 +51,8 @@ class _Place:
         self.row, self.piece, self.head = pl.program_id(2), pl.program_id(1), pl.program_id(0)
         self.columns = self.head * walk.m + jax.lax.iota(jnp.int32, walk.m)
         self.cosines = self.head * (2 * walk.m) + jax.lax.iota(jnp.int32, walk.m)
-        self.slots = jax.lax.iota(jnp.int32, walk.rows) * walk.steps
-
-    def start(self, tile: Array) -> Array:
-        """The first position of every run of a tile."""
-        walk = self.walk
-        first = (self.piece * walk.tiles + tile) * (walk.rows * walk.steps)
-        return first + self.slots
+        # The first position of every run.
+        self.start = (self.piece * walk.rows + jax.lax.iota(jnp.int32, walk.rows)) * walk.steps
 
     def _view(self, ref: Any, times: Array, columns: Array) -> tuple[Any, Array]:
         shape = (self.walk.rows, self.walk.m)
@@ -64,33 +61,40 @@ class _Place:
         return ref.at[at], jnp.broadcast_to(here[:, None], shape)
 
     def load(self, ref: Any, times: Array, columns: Array) -> Array:
-        """``[rows, m]`` in float32, 0 outside of the row."""
+        """``[rows, m]``, 0 outside of the row."""
         view, here = self._view(ref, times, columns)
-        return plgpu.load(view, mask=here, other=0.0).astype(jnp.float32)
+        return plgpu.load(view, mask=here, other=0.0)
 
-    def store(self, ref: Any, times: Array, columns: Array, x: Array) -> None:
-        """Stores ``[rows, m]`` in the dtype of the array."""
+    def store(self, ref: Any, times: Array, columns: Array, x: Array, wanted: Any = True) -> None:
+        """Stores ``[rows, m]`` in the dtype of the array, where it is ``wanted``."""
         view, here = self._view(ref, times, columns)
-        plgpu.store(view, x.astype(ref.dtype), mask=here)
+        plgpu.store(view, x.astype(ref.dtype), mask=here & wanted)
 
     def load_column(self, ref: Any, times: Array, column: Array) -> Array:
         """``[rows]`` of one column, 0 outside of the row."""
         here = (times >= 0) & (times < self.time)
         return plgpu.load(ref.at[self.row, times, column], mask=here, other=0.0).astype(jnp.float32)
 
-    def store_column(self, ref: Any, times: Array, column: Array, x: Array) -> None:
-        """Stores ``[rows]`` in one column."""
-        here = (times >= 0) & (times < self.time)
+    def store_column(self, ref: Any, times: Array, column: Array, x: Array, wanted: Array) -> None:
+        """Stores ``[rows]`` in one column, where it is ``wanted``."""
+        here = (times >= 0) & (times < self.time) & wanted
         plgpu.store(ref.at[self.row, times, column], x.astype(ref.dtype), mask=here)
 
-    def clear_columns(self, ref: Any, times: Array, first: int) -> None:
-        """Stores 0 in the columns from ``first`` on; one head's programs do."""
+    def clear_columns(self, ref: Any, first: int) -> None:
+        """Stores 0 in the columns from ``first`` on, of all positions; one head's programs do."""
         count = ref.shape[-1] - first
-        if count:
-            columns = first + jax.lax.iota(jnp.int32, pl.next_power_of_2(count))
-            at = jnp.broadcast_arrays(times[:, None], columns[None])
-            here = (at[0] >= 0) & (at[0] < self.time) & (at[1] < ref.shape[-1]) & (self.head == 0)
+        if not count:
+            return
+        columns = first + jax.lax.iota(jnp.int32, pl.next_power_of_2(count))
+
+        def clear(step: Array, _: None) -> None:
+            at = jnp.broadcast_arrays((self.start + step)[:, None], columns[None])
+            here = (at[0] < self.time) & (at[1] < ref.shape[-1])
             plgpu.store(ref.at[self.row, *at], jnp.zeros(here.shape, ref.dtype), mask=here)
+
+        @pl.when(self.head == 0)
+        def every() -> None:
+            jax.lax.fori_loop(0, self.walk.steps, clear, None)
 
     def load_gate(self, ref: Any, times: Array) -> Array:
         """``[rows]`` of the head of ``[b, h, t]``, 0 outside of the row."""
@@ -109,6 +113,13 @@ class _Place:
         row = 0 if self.inside.shape[0] == 1 else self.row
         here = (times >= 0) & (times < self.time)
         return plgpu.load(self.inside.at[row, times], mask=here, other=0)[:, None]
+
+
+def _begin(place: _Place, raw: Any, read: Callable[[Any], Any]) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
+    """(phases of the positions before each run, what is read for its first)."""
+    walk = place.walk
+    earlier = tuple(place.load(raw, place.start - delay, place.columns) for delay in range(1, walk.taps))
+    return earlier, tuple(read(step) for step in range(walk.ahead))
 
 
 def _within(reach: Array | None, delay: int, x: Array) -> Array:
@@ -138,9 +149,13 @@ class _Gates:
         self.columns = [heads * place.walk.m + kind * heads + place.head for kind in range(count)]
         self.bias = [bias[kind, place.head] for kind in range(count)]
 
-    def at(self, times: Array, kind: int) -> Array:
-        """``[rows]``."""
-        return jax.nn.sigmoid(self.place.load_column(self.raw, times, self.columns[kind]) + self.bias[kind])
+    def load(self, times: Array) -> tuple[Array, ...]:
+        """The raw columns, ``[rows]`` each."""
+        return tuple(self.place.load_column(self.raw, times, column) for column in self.columns)
+
+    def opened(self, loaded: tuple[Array, ...]) -> list[Array]:
+        """Of what ``load`` returned."""
+        return [jax.nn.sigmoid(x + bias) for x, bias in zip(loaded, self.bias, strict=True)]
 
 
 def forward(
@@ -168,25 +183,27 @@ def forward(
         weights = _weights(place, ins["taps"])
         gates = _Gates(place, ins["raw"], ins["bias"])
 
-        def tile(index: Array, _: None) -> None:
-            start = place.start(index)
-            seen = [place.load(ins["raw"], start - delay, place.columns) for delay in range(k - 1, 0, -1)]
-            for step in range(walk.steps):
-                times = start + step
-                seen.append(place.load(ins["raw"], times, place.columns))
-                reach = place.reach(times)
-                shifted = [_within(reach, delay, seen[-1 - delay]) for delay in range(k)]
-                opened = [gates.at(times, kind) for kind in range(count)]
-                for kind, gate in enumerate(opened):
-                    place.store_gate(outs["gates"][kind], times, gate)
-                scales = (scale * opened[0][:, None] if walk.gated else scale, scale)
-                for own, size, out in zip(weights, scales, (outs["keys"], outs["queries"]), strict=True):
-                    phase = _convolved(own, shifted)
-                    sine, cosine = sin_cos(phase, not walk.interpret)
-                    place.store(out, times, place.cosines, size * cosine)
-                    place.store(out, times, place.cosines + walk.m, size * sine)
+        def read(step: Any) -> Any:
+            times = place.start + step
+            return place.load(ins["raw"], times, place.columns), gates.load(times), place.reach(times)
 
-        jax.lax.fori_loop(0, walk.tiles, tile, None)
+        def visit(step: Array, carry: Any) -> Any:
+            earlier, (here, *later) = carry
+            later = (*later, read(step + walk.ahead))
+            phases, opened, reach = here[0], gates.opened(here[1]), here[2]
+            times = place.start + step
+            seen = (phases, *earlier)
+            shifted = [_within(reach, delay, seen[delay]) for delay in range(k)]
+            for kind, gate in enumerate(opened):
+                place.store_gate(outs["gates"][kind], times, gate)
+            scales = (scale * opened[0][:, None] if walk.gated else scale, scale)
+            for own, size, out in zip(weights, scales, (outs["keys"], outs["queries"]), strict=True):
+                sine, cosine = sin_cos(_convolved(own, shifted), not walk.interpret)
+                place.store(out, times, place.cosines, size * cosine)
+                place.store(out, times, place.cosines + walk.m, size * sine)
+            return seen[: k - 1], later
+
+        jax.lax.fori_loop(0, walk.steps, visit, _begin(place, ins["raw"], read))
 
     shape = jax.ShapeDtypeStruct((b, t, 2 * width), dtype)
     gate = jax.ShapeDtypeStruct((b, heads, t), jnp.float32)
@@ -229,48 +246,54 @@ def backward(
         gates = _Gates(place, ins["raw"], ins["bias"])
         zero = jnp.zeros((walk.rows, walk.m), jnp.float32)
 
-        def tile(index: Array, before: Any) -> Any:
-            start, (sums, biases) = place.start(index), map(list, before)
-            seen = [place.load(ins["raw"], start - delay, place.columns) for delay in range(k - 1, 0, -1)]
-            open_: list[Array] = []  # gradients of the last k - 1 positions, which later ones add to
-            for step in range(walk.steps + k - 1):
-                times, own_step = start + step, step < walk.steps
-                seen.append(place.load(ins["raw"], times, place.columns))
-                reach = place.reach(times)
-                shifted = [_within(reach, delay, seen[-1 - delay]) for delay in range(k)]
-                opened = [gates.at(times, kind) for kind in range(count if own_step else int(walk.gated))]
-                d_opened = [place.load_gate(ref, times) for ref in ins["d_gates"]] if own_step else []
-                open_.append(zero)
-                for which, (own, source) in enumerate(zip(weights, ins["d_features"], strict=True)):
-                    phase = _convolved(own, shifted)
-                    sine, cosine = sin_cos(phase, not walk.interpret)
-                    d_cosine = place.load(source, times, place.cosines)
-                    d_sine = place.load(source, times, place.cosines + walk.m)
-                    pull = scale * (cosine * d_sine - sine * d_cosine)
-                    if walk.gated and which == 0:
-                        pull = opened[0][:, None] * pull
-                        if own_step:
-                            along = jnp.sum(cosine * d_cosine + sine * d_sine, axis=1)
-                            d_opened[0] = d_opened[0] + scale * along
-                    if own_step:
-                        for delay in range(k):
-                            at = which * k + k - 1 - delay
-                            sums[at] = sums[at] + shifted[delay] * pull
-                    for delay in range(min(k, len(open_))):
-                        open_[-1 - delay] = open_[-1 - delay] + _within(reach, delay, own[delay] * pull)
-                if own_step:
-                    place.clear_columns(outs["d_raw"], times, width + count * heads)
-                    for kind, (gate, d_gate) in enumerate(zip(opened, d_opened, strict=True)):
-                        # 0 outside of the row, where both parts of the gradient are.
-                        d_raw = d_gate * gate * (1.0 - gate)
-                        place.store_column(outs["d_raw"], times, gates.columns[kind], d_raw)
-                        biases[kind] = biases[kind] + d_raw
-                if step >= k - 1:
-                    place.store(outs["d_raw"], times - (k - 1), place.columns, open_[step - (k - 1)])
-            return tuple(sums), tuple(biases)
+        def read(step: Any) -> Any:
+            times = place.start + step
+            d_features = tuple(
+                tuple(place.load(source, times, place.cosines + part * walk.m) for part in (0, 1))
+                for source in ins["d_features"]
+            )
+            d_opened = tuple(place.load_gate(ref, times) for ref in ins["d_gates"])
+            phases = place.load(ins["raw"], times, place.columns)
+            return phases, gates.load(times), place.reach(times), d_features, d_opened
+
+        def visit(step: Array, carry: Any) -> Any:
+            (earlier, (here, *later)), open_, sums, biases = carry
+            later = (*later, read(step + walk.ahead))
+            phases, loaded, reach, d_features, d_opened = here
+            # Positions behind a run only add to the gradients of its last ones.
+            own_step = step < walk.steps
+            times = place.start + step
+            seen = (phases, *earlier)
+            shifted = [_within(reach, delay, seen[delay]) for delay in range(k)]
+            opened, d_opened = gates.opened(loaded), list(d_opened)
+            # Gradients of this position and of the k - 1 before it.
+            adding, sums = [zero, *open_], list(sums)
+            for which, (own, (d_cosine, d_sine)) in enumerate(zip(weights, d_features, strict=True)):
+                sine, cosine = sin_cos(_convolved(own, shifted), not walk.interpret)
+                d_cosine, d_sine = d_cosine.astype(jnp.float32), d_sine.astype(jnp.float32)
+                pull = scale * (cosine * d_sine - sine * d_cosine)
+                if walk.gated and which == 0:
+                    pull = opened[0][:, None] * pull
+                    along = jnp.sum(cosine * d_cosine + sine * d_sine, axis=1)
+                    d_opened[0] = d_opened[0] + scale * along
+                counted = jnp.where(own_step, pull, 0.0)
+                for delay in range(k):
+                    at = which * k + k - 1 - delay
+                    sums[at] = sums[at] + shifted[delay] * counted
+                    adding[delay] = adding[delay] + _within(reach, delay, own[delay] * pull)
+            added = []
+            for kind, (gate, d_gate) in enumerate(zip(opened, d_opened, strict=True)):
+                # 0 outside of the row, where both parts of the gradient are.
+                d_raw = jnp.where(own_step, d_gate * gate * (1.0 - gate), 0.0)
+                place.store_column(outs["d_raw"], times, gates.columns[kind], d_raw, own_step)
+                added.append(biases[kind] + d_raw)
+            place.store(outs["d_raw"], times - (k - 1), place.columns, adding[-1], step >= k - 1)
+            return (seen[: k - 1], later), tuple(adding[:-1]), tuple(sums), tuple(added)
 
         none = (zero,) * (2 * k), (jnp.zeros((walk.rows,), jnp.float32),) * count
-        sums, biases = jax.lax.fori_loop(0, walk.tiles, tile, none)
+        begin = _begin(place, ins["raw"], read), (zero,) * (k - 1), *none
+        _, _, sums, biases = jax.lax.fori_loop(0, walk.steps + k - 1, visit, begin)
+        place.clear_columns(outs["d_raw"], width + count * heads)
         for at, total in enumerate(sums):
             view = outs["sums"].at[place.row, place.piece, at * width + place.columns]
             plgpu.store(view, jnp.sum(total, axis=0))
@@ -294,7 +317,7 @@ def backward(
 
 
 def _grid(walk: Walk, b: int, t: int, width: int) -> tuple[int, int, int]:
-    return width // walk.m, -(-t // (walk.tiles * walk.rows * walk.steps)), b
+    return width // walk.m, -(-t // (walk.rows * walk.steps)), b
 
 
 def _parameters(walk: Walk) -> Any:
