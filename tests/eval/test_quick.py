@@ -41,6 +41,8 @@ def test_every_evaluation_has_a_quick_variant_that_is_run() -> None:
 def test_what_is_wrong_is_named(changes: dict, message: str, tmp_path: Path) -> None:
     assert quick.problem(GOOD, "needle", tmp_path) == "table.md or the plots are missing"
     (tmp_path / "table.md").touch()
+    assert quick.problem(GOOD, "needle", tmp_path) == "table.md or the plots are missing"
+    assert quick.problem(dataclasses.replace(GOOD, evaluation="harness"), "harness", tmp_path) == ""
     (tmp_path / "needle.png").touch()
     assert quick.problem(GOOD, "needle", tmp_path) == ""
     assert message in quick.problem(dataclasses.replace(GOOD, **changes), "needle", tmp_path)
