@@ -3,7 +3,7 @@
 Command:  python -m eval.inference --config=configs/eval/inference.py --out=runs/inference
           one part: --config.parts="('decoding',)"; a trained model: --config.run=runs/quickstart
 Hardware: one NVIDIA H100 or H200; :cpu and :quick run anywhere.
-Duration: under 8 minutes (full), about 5 minutes on 2 CPU cores (:cpu), 1 minute (:quick).
+Duration: under 8 minutes (full), about 5 minutes on 2 CPU cores (:cpu), 2 minutes (:quick).
 Expect:   the same peak memory at 4k, 64k and 1M tokens; the same latency after 1k and 1M; attention slower
           and larger with every token. Trained models and text are not needed for any of that.
 """
