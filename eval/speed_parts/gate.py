@@ -75,7 +75,7 @@ def draw(
         "write_phases": None if case.positioned else 3 * wide(batch, t, heads, m),
         "read_phases": None if case.positioned else 3 * wide(batch, t, heads, m),
         "values": rounded(wide(batch, t, heads, d)),
-        "gates": gates,
+        "gates": None if case.positioned else gates,  # the kernel of positions is chosen without
         "erase": gates * sigmoid(wide(batch, t, heads) - 1) if case.erase else None,
         "initial_state": (wide(*shape), wide(*shape)) if case.packed else None,
     }

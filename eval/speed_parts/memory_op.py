@@ -45,17 +45,22 @@ class Op:
         """Its settings in results."""
         return {"part": "memory_op", **dataclasses.asdict(self)}
 
+    @property
+    def gates(self) -> int:
+        """Gates a head and token: positions address without, as in the ``seed`` preset."""
+        return 1 + self.erase if self.addressing == "content" else 0
+
     def forward_bytes(self) -> int:
         """Inputs read once, outputs written once; phases float32, gates float32, values and outputs bf16."""
         tokens = self.batch * self.length * self.heads
         phases = 2 * 4 * self.m if self.addressing == "content" else 0
-        return tokens * (phases + 4 * self.d + 4 * (1 + self.erase))
+        return tokens * (phases + 4 * self.d + 4 * self.gates)
 
     def backward_bytes(self) -> int:
         """The inputs and the output's cotangent read once, the gradients written once."""
         tokens = self.batch * self.length * self.heads
         phases = 2 * 4 * self.m if self.addressing == "content" else 0
-        return tokens * (2 * phases + 6 * self.d + 2 * 4 * (1 + self.erase))
+        return tokens * (2 * phases + 6 * self.d + 2 * 4 * self.gates)
 
     def forward_flops(self) -> int:
         """Multiply-adds of the recurrence: a write and a read (and a read of the key) of the state."""
@@ -68,10 +73,9 @@ def draw(op: Op, key: jax.Array) -> dict[str, jax.Array]:
     keys = jax.random.split(key, 6)
     tokens = (op.batch, op.length, op.heads)
     gates = jax.nn.sigmoid(jax.random.normal(keys[3], tokens))
-    inputs = {
-        "values": jax.random.normal(keys[2], (*tokens, op.d), jnp.bfloat16),
-        "gates": gates,
-    }
+    inputs = {"values": jax.random.normal(keys[2], (*tokens, op.d), jnp.bfloat16)}
+    if op.gates:
+        inputs["gates"] = gates
     if op.addressing == "content":
         inputs["write"] = 3 * jax.random.normal(keys[0], (*tokens, op.m))
         inputs["read"] = 3 * jax.random.normal(keys[1], (*tokens, op.m))
@@ -89,7 +93,7 @@ def apply(op: Op, inputs: dict[str, jax.Array]) -> jax.Array:
         turns = jax.random.bits(jax.random.key(1), (op.heads, op.m), jnp.uint32)
         positions = Positions(turns, jnp.arange(op.length, dtype=jnp.uint32)[None])
         write = read = phases_at(*positions)
-    arguments = (write, read, inputs["values"], inputs["gates"], inputs.get("erase"))
+    arguments = (write, read, inputs["values"], inputs.get("gates"), inputs.get("erase"))
     if op.rule and op.backend == "triton":
         tiling = Tiling(*map(int, op.rule.split("x")))
         call = Call(*arguments, op.binding)

@@ -113,7 +113,7 @@ def accumulate(
       write_phases, read_phases, values, gates, erase, options: see there.
       backend: which form runs.
       factors: float32 ``[1 or b, t]``, what outputs are multiplied by; no gradient is taken of them.
-      positions: what both phases are those of, where they are: a kernel may then read no phases.
+      positions: what both phases are those of, where they are; a kernel may then read no phases.
 
     Raises:
       ValueError: for an unknown backend.
@@ -123,7 +123,8 @@ def accumulate(
     chosen = choose(call, backend)
     ensembles = backend == "ensemble" and chosen != "portable"
     if chosen == "triton" and not ensembles:  # it multiplies before it rounds, in the same pass
-        if positions is not None:
+        # With gates its gradient was slower than from phases (docs/log.md, 2026-11-28).
+        if positions is not None and gates is None:
             return triton_positions.accumulate(call, positions, factors=_constant(factors))
         return triton.accumulate(call, factors=_constant(factors))
     if ensembles:

@@ -51,12 +51,12 @@ def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: 
     one_step = _rotor(turns)
     one_run = _rotor(turns * tiling.steps)
 
-    def scaled(x: Array, name: str, times: Array) -> Array:
+    def scales(name: str, times: Array) -> Array | None:
         if name not in inputs:
-            return x
+            return None
         if name == "gates":
-            return x * program.gate(inputs[name], times, inputs["values"].shape[-1] // plan.heads)
-        return x * program.factor(inputs[name], times)
+            return program.gate(inputs[name], times, inputs["values"].shape[-1] // plan.heads)
+        return program.factor(inputs[name], times)
 
     def times_of(index: Array) -> list[Array]:
         start = (program.piece * plan.tiles + index) * tiling.length
@@ -69,9 +69,12 @@ def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: 
         state, loaded = carry
         start = (program.piece * plan.tiles + index) * tiling.length
         times = times_of(index)
-        values = [scaled(x, before, t) for x, t in zip(loaded, times, strict=True)]
-        # The next tile's are on their way while this one is summed.
+        values = [_scaled(x, scales(before, t)) for x, t in zip(loaded, times, strict=True)]
+        # The next tile's are on their way while this one is summed. No read passes a store.
         loaded = load(jnp.minimum(index + 1, plan.tiles - 1))
+        reads = "outputs" in outputs
+        scales_after = [scales(after, t) if reads else None for t in times]
+        written = [program.load(inputs["written"], t) for t in times] if "d_gates" in outputs else []
         here: Any = None
         ahead: Any = None
         same: list[Any] = [None] * tiling.steps
@@ -101,7 +104,7 @@ def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: 
             came, last = program.run(runs, start - 1), program.run(runs, start + tiling.length - 1)
             allowed &= ahead[:, None] == here[-1][None, :]
             survives = came == last
-        if "outputs" in outputs:
+        if reads:
             prefix = []
             for part in (0, 1):
                 summed = (state[2 * part] + state[2 * part + 1])[None, :]
@@ -112,10 +115,9 @@ def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: 
             for step, t in enumerate(times):
                 held = advance(held, step)
                 found = held[1]
-                if "d_gates" in outputs:
-                    written = program.load(inputs["written"], t)
-                    program.store_rows(outputs["d_gates"], t, jnp.sum(written * found, axis=1))
-                program.store(outputs["outputs"], t, scaled(found, after, t))
+                if written:
+                    program.store_rows(outputs["d_gates"], t, jnp.sum(written[step] * found, axis=1))
+                program.store(outputs["outputs"], t, _scaled(found, scales_after[step]))
         moved: list[Array] = []
         for part in (0, 1):
             total = totals[1 - part]
@@ -132,6 +134,10 @@ def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: 
     state, _ = jax.lax.fori_loop(0, plan.tiles, tile, (state, load(jnp.int32(0))))
     for ref, part in zip(outputs["end"], state, strict=True):
         program.put_vector(ref, program.piece, part)
+
+
+def _scaled(x: Array, by: Array | None) -> Array:
+    return x if by is None else x * by
 
 
 def _rotor(units: Array) -> Pair:
