@@ -25,7 +25,17 @@ from holo_jax.generate.pending import GROUP, hold_layers, holds, release_layers
 from holo_jax.generate.reading import PIECE_SIZE, Reading, init_state, next_logits, prefill, read
 from holo_jax.generate.sampling import Plan, Sampling, SamplingNumbers, sample
 from holo_jax.generate.state_precision import stored_dtype
-from holo_jax.generate.stepping import PORTABLE, Form, choose, join_held, pack, reusable, split_held, step
+from holo_jax.generate.stepping import (
+    PORTABLE,
+    Form,
+    choose,
+    join_held,
+    pack,
+    reusable,
+    room_for_mail,
+    split_held,
+    step,
+)
 from holo_jax.model import HoloForCausalLM, ModelState, positional_turns
 
 BLOCK_SIZE = 64
@@ -235,6 +245,8 @@ def _decode_block(
     else:
         groups, size = 1, steps
 
+    mail = room_for_mail(model.config, form)
+
     def draw(now: Decoding) -> Array:
         logits = jnp.where(permitted, now.logits, -jnp.inf)
         return sample(logits, inputs.numbers, inputs.seeds, now.state.position, now.seen, plan=plan)
@@ -259,7 +271,7 @@ def _decode_block(
     # the graph of a token's kernels in two.
     def group(carry: tuple[_Counted, Any], no: None) -> tuple[tuple[_Counted, Any], Array]:
         (now, finite, number), used = carry
-        fixed, moving = split_held(now.state.layers, size, used)
+        fixed, moving = split_held(now.state.layers, size, used, mail)
         before = now.state.position
 
         def one(carry: _Counted, no: None) -> tuple[_Counted, Array]:
@@ -281,7 +293,7 @@ def _decode_block(
 
     start = (decoding, jnp.all(jnp.isfinite(decoding.logits)))
     if holds(decoding.state.layers):
-        used = reusable(split_held(decoding.state.layers, size)[1], form)
+        used = reusable(split_held(decoding.state.layers, size, mail=mail)[1], form)
         looped = ((*start, jnp.int32(0)), used)
         ((decoding, finite, _), _), tokens = jax.lax.scan(group, looped, length=groups)
         tokens = tokens.reshape(groups * size, -1)[:steps]

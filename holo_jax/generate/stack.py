@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from holo_jax.array_types import Array, Bool, Float, Int
 from holo_jax.config import HoloConfig
 from holo_jax.generate.pending import Held, Pending
-from holo_jax.kernels import decode_join, decode_shape, decode_stack
+from holo_jax.kernels import decode_heads, decode_join, decode_plan, decode_shape, decode_stream
 from holo_jax.model import HoloForCausalLM
 
 
 @jax.jit
 def pack(model: HoloForCausalLM) -> dict[str, Array]:
-    """The weights of all blocks by the names of ``decode_stack.run``; of a model in decoding form."""
+    """The weights of all blocks by the names of ``decode_stream.run``; of a model in decoding form."""
     config = model.config
     periods: Any = model.model.periods
     blocks = [block for period in periods for block in period.blocks]
@@ -23,6 +23,9 @@ def pack(model: HoloForCausalLM) -> dict[str, Array]:
         return jnp.stack([get(block) for block in blocks])
 
     products = [_transposed(block) for block in blocks]
+    by_head = jnp.asarray(decode_plan.rows_by_head(shape_of(config, 1, 1, 1)))
+    for own in products:
+        own["maps"] = own["maps"][by_head]
     arrays = {
         **{name: jnp.stack([own[name] for own in products]) for name in products[0]},
         "mixer_norm": stacked(lambda block: block.mixer_norm.weight[...]),
@@ -86,10 +89,10 @@ def shape_of(config: HoloConfig, rows: int, size: int, programs: int, **options:
 
 
 class Moving(NamedTuple):
-    """What a token changes: what is pending in all layers, and the counters of the programs' meetings."""
+    """What a token changes: what is pending in all layers; ``mail`` and ``launch`` of ``decode_stream``."""
 
     pending: Pending
-    counter: Int[Array, "1"]
+    mail: dict[str, Array]
     launch: Int[Array, ""]
 
 
@@ -134,7 +137,7 @@ def heads(
         "active": active.astype(jnp.float32),
         "position": position.astype(jnp.float32),
     }
-    found = decode_stack.run_heads(shape, arrays, jnp.dtype(config.precision.storage))
+    found = decode_heads.run_heads(shape, arrays, jnp.dtype(config.precision.storage))
     return found["z"], Pending(*(found[name][0] for name in Pending._fields))
 
 
@@ -150,34 +153,33 @@ def joined(
 def through(
     shape: decode_shape.Shape,
     weights: dict[str, Array],
-    x: Float[Array, "b e"],
+    x: Float[Array, "1 e"],
     held: Held,
-    pending: Pending,
+    moving: Moving,
     index: Int[Array, ""],
-    active: Bool[Array, "b"],
+    active: Bool[Array, "1"],
     position: Array,
-    counter: Int[Array, "1"],
-    launch: Int[Array, ""],
-) -> tuple[Float[Array, "b e"], Pending, Int[Array, "1"]]:
-    """One token through all blocks; states stacked over layers.
+) -> tuple[Float[Array, "1 e"], Moving]:
+    """One token of one row through all blocks; states stacked over layers.
 
     Args:
       shape: see ``decode_shape.Shape``.
       weights: of ``pack``.
       x: the embedded token in the storage dtype.
-      held, pending, index, active, position: as in ``heads``, of all layers.
-      counter, launch: see ``decode_stack.run``.
+      held, index, active, position: as in ``heads``, of all layers.
+      moving: see ``Moving``.
 
     Returns:
-      The residual stream after the last block, the group with its write, and the counter.
+      The residual stream after the last block, and ``moving`` after the token.
     """
-    found = decode_stack.run(
+    pending, mail, launch = moving
+    found = decode_stream.run(
         shape,
         {
             **weights,
             **pending._asdict(),
+            **mail,
             "x": x,
-            "counter": counter,
             "memory": held.memory,
             "writes": held.writes,
             "index": index[None],
@@ -186,4 +188,5 @@ def through(
             "launch": launch[None],
         },
     )
-    return found["x"], Pending(*(found[name] for name in Pending._fields)), found["counter"]
+    after = Pending(*(found[name] for name in Pending._fields))
+    return found["x"], Moving(after, {name: found[name] for name in mail}, launch + 1)

@@ -22,7 +22,7 @@ from holo_jax.generate.pending import (
     supported,
 )
 from holo_jax.generate.reading import next_logits
-from holo_jax.kernels import decode_products, decode_shape
+from holo_jax.kernels import decode_plan, decode_products, decode_shape, decode_stream
 from holo_jax.layers import embedding_std, lookup, project
 from holo_jax.mixers import Context
 from holo_jax.model import HoloForCausalLM, ModelState
@@ -37,7 +37,7 @@ class Form(NamedTuple):
       products: with ``heads``, also the products between memories, with norms, gates and sums around them.
       cublas: the compiler's products are all cuBLAS's, none generated.
       programs: programs of the kernel over all layers.
-      early, interpret: see ``decode_shape.Shape``.
+      interpret: see ``decode_shape.Shape``.
     """
 
     stacked: bool = False
@@ -45,15 +45,13 @@ class Form(NamedTuple):
     products: bool = False
     cublas: bool = False
     programs: int = 1
-    early: bool = True
     interpret: bool = False
 
 
 PORTABLE = Form()
-# A kernel joins when it has been equal to the definition, and faster, on hardware. "stack" has been, and
-# takes longer than "products" (width 1024, one row: 0.369 ms a token and 0.341).
-AUTOMATIC: tuple[str, ...] = ("products", "heads")
-_STACK_ROWS = 1  # with more, one kernel a layer and products of the compiler's are faster; with one, slower
+# A kernel joins when it has been equal to the definition, and faster, on hardware: at width 1024 and one row
+# "stack" took 0.311 ms a token where "products" took 0.348.
+AUTOMATIC: tuple[str, ...] = ("stack", "products", "heads")
 # One row takes a kernel a layer from this many bytes of weights a layer: at width 1024 (25 MB) it was slower
 # than the portable form, at 2048 (99 MB) sixteen rows by it took 0.73 of one row's time without.
 _HEADS_BYTES = 2**25
@@ -71,11 +69,10 @@ def choose(config: HoloConfig, rows: int) -> Form:
     if (
         "stack" in AUTOMATIC
         and every
-        and rows <= _STACK_ROWS
-        and decode_shape.unsupported(shape, config.precision.storage) is None
+        and decode_plan.unsupported(shape, config.precision.storage) is None
         and decode_products.unsupported(rows, (shape.width,)) is None
     ):
-        return Form(stacked=True, programs=programs, early=False)
+        return Form(stacked=True, programs=programs)
     if (
         "products" in AUTOMATIC
         and every
@@ -84,23 +81,23 @@ def choose(config: HoloConfig, rows: int) -> Form:
         and decode_products.unsupported(rows, (shape.width, shape.values, shape.hidden)) is None
     ):
         return Form(heads=True, products=True)
-    if "heads" in AUTOMATIC and heads and (rows > _STACK_ROWS or _layer_bytes(shape, config) >= _HEADS_BYTES):
+    if "heads" in AUTOMATIC and heads and (rows > 1 or _layer_bytes(shape, config) >= _HEADS_BYTES):
         return Form(heads=True, cublas=rows >= _CUBLAS_ROWS)
     return PORTABLE
 
 
 def _layer_bytes(shape: decode_shape.Shape, config: HoloConfig) -> int:
     """Bytes of a layer's weights in products."""
-    numbers = sum(part.outputs * part.depth * part.halves for part in decode_shape.parts(shape).values())
+    numbers = shape.width * (shape.offsets["all"] + shape.values + 3 * shape.hidden)
     return numbers * jnp.dtype(config.precision.storage).itemsize
 
 
 def room(size: int) -> int:
-    """Pending writes that a group of ``size`` tokens has room for: kernels want a power of two."""
-    return max(2, 1 << (size - 1).bit_length())
+    """Pending writes that ``size`` tokens have room for: kernels want a power of two, at least 4."""
+    return max(4, 1 << (size - 1).bit_length())
 
 
-def split_held(layers: Any, size: int, before: Any = None) -> tuple[Any, Any]:
+def split_held(layers: Any, size: int, before: Any = None, mail: Any = None) -> tuple[Any, Any]:
     """What a group of ``size`` tokens only reads, and what each of its tokens changes.
 
     Layers without held memory are all of the second kind.
@@ -109,13 +106,14 @@ def split_held(layers: Any, size: int, before: Any = None) -> tuple[Any, Any]:
       layers: of a state that the loop carries.
       size: tokens of the group.
       before: ``reusable`` of the group before; None makes room.
+      mail: ``room_for_mail``.
     """
     if isinstance(layers[0], Held):
         if before is not None:
             pending = jax.vmap(again)(layers[0], before.pending)
             return layers[0], before._replace(pending=pending)
         pending = jax.vmap(lambda held: begin(held, room(size)))(layers[0])
-        return layers[0], stack.Moving(pending, jnp.zeros((1,), jnp.int32), jnp.int32(0))
+        return layers[0], stack.Moving(pending, mail, jnp.int32(0))
     fixed = tuple(tuple(x if isinstance(x, Held) else None for x in period) for period in layers)
 
     def start(x: Any, used: Any) -> Any:
@@ -128,6 +126,11 @@ def split_held(layers: Any, size: int, before: Any = None) -> tuple[Any, Any]:
         for n, period in enumerate(layers)
     )
     return fixed, moving
+
+
+def room_for_mail(config: HoloConfig, form: Form) -> Any:
+    """``mail`` of ``decode_stream``, where the form has it."""
+    return decode_stream.mail(stack.shape_of(config, 1, 1, form.programs)) if form.stacked else None
 
 
 def reusable(moving: Any, form: Form) -> Any:
@@ -189,27 +192,9 @@ def step(
     if form.stacked:
         assert packed is not None
         own: Any = moving.layers
-        shape = stack.shape_of(
-            config,
-            tokens.shape[0],
-            own.pending.keys.shape[-2],
-            form.programs,
-            early=form.early,
-            interpret=form.interpret,
-        )
-        x, pending, counter = stack.through(
-            shape,
-            packed["stack"],
-            x[:, 0],
-            fixed,
-            own.pending,
-            index,
-            active,
-            moving.position,
-            own.counter,
-            own.launch,
-        )
-        after: Any = stack.Moving(pending, counter, own.launch + 1)
+        room = own.pending.keys.shape[-2]
+        shape = stack.shape_of(config, tokens.shape[0], room, form.programs, interpret=form.interpret)
+        x, after = stack.through(shape, packed["stack"], x[:, 0], fixed, own, index, active, moving.position)
         return _logits(model, x, form, packed), ModelState(after, position, segment)
     context = Context(
         moving.position[:, None],

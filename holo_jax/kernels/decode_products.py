@@ -1,7 +1,7 @@
 """Products of few rows with a weight, with what stands before and after them (Pallas, lowered to Triton).
 
 A token of few rows costs what reading the weights costs, plus what starts and ends of kernels cost. Three
-kinds of product make a layer beside its memory (``decode_stack.run_heads``), each one kernel:
+kinds of product make a layer beside its memory (``decode_heads.run_heads``), each one kernel:
 
 * ``maps``: of the RMSNorm of the residual stream, in float32;
 * ``gated``: of the RMSNorm, ``silu(gate) * up``;

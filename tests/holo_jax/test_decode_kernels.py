@@ -7,7 +7,7 @@ import pytest
 
 from holo_jax.functional.memory.state import compensated_add
 from holo_jax.generate import stepping
-from holo_jax.kernels import decode_join, decode_products, decode_shape
+from holo_jax.kernels import decode_join, decode_plan, decode_products, decode_shape
 from holo_jax.precision import FULL, MIXED
 from tests.holo_jax.models import variant_config
 
@@ -86,5 +86,8 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     assert stepping.choose(narrow.replace(precision=FULL), 2) == heads
     assert stepping.choose(narrow.replace(hidden_size=1000), 1) == stepping.PORTABLE
     assert stepping.choose(wide.replace(hidden_size=2000), 1) == heads
-    monkeypatch.setattr(stepping, "AUTOMATIC", ("stack",))
-    assert stepping.choose(narrow, 1).stacked and not stepping.choose(wide, 1).stacked
+    assert stepping.choose(narrow, 1) == products
+    monkeypatch.setattr(decode_plan, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    assert stepping.choose(narrow, 1) == stepping.Form(stacked=True, programs=132)
+    assert stepping.choose(narrow, 2) == stepping.choose(wide, 1) == products

@@ -15,8 +15,8 @@ from holo_jax.generate import Sampling, decoding, decoding_form, init_state, pen
 from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, loop_state
 from holo_jax.generate.forms import is_split
 from holo_jax.generate.pending import Token
-from holo_jax.generate.stepping import Form, pack, split_held, step
-from holo_jax.kernels import decode_products, decode_shape, decode_stack
+from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, step
+from holo_jax.kernels import decode_plan, decode_products, decode_shape
 from holo_jax.mixers import MemoryMixerState
 from holo_jax.model import HoloForCausalLM
 from holo_jax.precision import FULL, MIXED
@@ -119,11 +119,10 @@ def small(**changes: object) -> HoloConfig:
 @pytest.mark.parametrize(
     ("form", "changes"),
     [
-        (Form(stacked=True, interpret=True), dict(hidden_size=8, hd_dim=8, head_dim=8, phasors=8)),
         (Form(heads=True, interpret=True), dict(erase=False, num_hidden_layers=1)),
         (Form(heads=True, products=True, interpret=True), {}),
     ],
-    ids=["stack", "heads-of-a-sum", "products"],
+    ids=["heads-of-a-sum", "products"],
 )
 def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict, monkeypatch) -> None:
     """Tokens, logits and state of a block of two groups in which one row ends, in Pallas' interpreter."""
@@ -148,7 +147,7 @@ def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict, monk
         after, tokens, finite = program(params, jax.tree.map(jnp.copy, begin), inputs, packed)
         assert finite
         layers = pending.release_layers(after.state.layers)
-        results.append((tokens, after.logits, layers if own.stacked else stacked_layers(layers)))
+        results.append((tokens, after.logits, stacked_layers(layers)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *results)
     assert (np.asarray(results[0][0])[1, 3:] == -1).all()
 
@@ -171,32 +170,30 @@ def test_the_kernels_lower_for_a_gpu() -> None:
 
     def given():
         model = decoding_form(HoloForCausalLM(config, rngs=nnx.Rngs(0)))
-        state = loop_state(config, init_state(config, 2), Form(stacked=True))
-        return stack.pack(model), *split_held(state.layers, SIZE)
+        state = loop_state(config, init_state(config, 2), Form(heads=True))
+        fixed, moving = split_held(state.layers, SIZE)
+        return (
+            stack.transposed(model)[0][0],
+            model.model.periods[0].blocks[0].mixer,
+            fixed[0][0],
+            moving[0][0],
+        )
 
-    def both(weights, held, moving):
-        index, active = jnp.int32(1), jnp.ones((2,), bool)
-        position, x = jnp.zeros((2,), jnp.uint32), jnp.zeros((2, 64), jnp.bfloat16)
-        token = (index, active, position)
-        found = stack.through(shape, weights, x, held, moving.pending, *token, moving.counter, moving.launch)
-        layer = {**weights, **moving.pending._asdict(), "memory": held.memory, "writes": held.writes}
-        layer = {name: array[:1] for name, array in layer.items()}
-        layer |= {"index": index[None], "active": jnp.ones((2,)), "position": jnp.zeros((2,))}
-        layer["y"] = jnp.zeros((2, shape.offsets["all"]))
-        first = jax.tree.map(lambda array: array[0], (held, moving.pending))
-        scale, matrix = jnp.ones(64), weights["maps"][0]
-        given = [jnp.zeros((rows, 64), x.dtype) for rows in (2, 4)]
-        products = [decode_products.product("maps", x, matrix, norm=scale) for x in given]
-        heads = decode_stack.run_heads(shape._replace(layers=1), layer, jnp.bfloat16)
-        return found, heads, stack.joined(*first, size=SIZE, interpret=False), products
+    def all_of_them(weights, mixer, held, pending):
+        token = (jnp.int32(1), jnp.ones((2,), bool), jnp.zeros((2,), jnp.uint32))
+        y = jnp.zeros((2, shape.offsets["all"]))
+        given = [jnp.zeros((rows, 64), jnp.bfloat16) for rows in (2, 4)]
+        products = [decode_products.product("maps", x, weights["maps"], norm=jnp.ones(64)) for x in given]
+        heads = stack.heads(mixer, y, held, pending, *token, False)
+        return heads, stack.joined(held, pending, size=SIZE, interpret=False), products
 
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     shapes = jax.eval_shape(given)
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of this backend of Pallas
-        lowered = jax.jit(both).trace(*shapes).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("xla.gpu.triton") == 5
+        lowered = jax.jit(all_of_them).trace(*shapes).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("xla.gpu.triton") == 4
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -218,13 +215,14 @@ def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int) ->
     forms = {"portable": Form(), "heads": Form(heads=True)}
     if rows <= decode_products.MAX_ROWS:
         forms["products"] = Form(heads=True, products=True)
-    if rows <= decode_shape.MAX_ROWS:
-        forms["stack"] = Form(stacked=True, programs=programs, early=False)
+    shape = stack.shape_of(config, rows, 8, programs)
+    if decode_plan.unsupported(shape, jnp.bfloat16) is None:
+        forms["stack"] = Form(stacked=True, programs=programs)
     for name, form in forms.items():
 
         @jax.jit
         def run(model, packed, state, ids, form=form):
-            fixed, moving = split_held(state.layers, 8)
+            fixed, moving = split_held(state.layers, 8, mail=room_for_mail(config, form))
 
             def one(moving, x):
                 active = jnp.ones((rows,), bool)

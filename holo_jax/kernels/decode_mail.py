@@ -1,0 +1,203 @@
+"""Vectors that resident programs hand each other inside one kernel (Pallas, Mosaic GPU).
+
+A vector lies in device memory as words of 32 bits: 16 bits of data, a bfloat16, and the number of the layer
+and token that they belong to. A reader loads the words it wants, past the first cache, until all carry the
+number that it waits for. So data say themselves that they have come: nobody waits for stores to be over,
+for a counter and then for the data. A float32 is two such words, its upper and its lower half.
+
+A reader gives up after a bounded number of loads, and what it returns then is not a number.
+
+In Pallas' interpreter there is one worker, which finds what it wrote itself.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+
+from holo_jax.array_types import Array
+from holo_jax.kernels import mosaic
+
+# Loads before a reader gives up: a few milliseconds.
+PATIENCE = 1 << 13
+# Words of a vector of pairs; a warpgroup loads four a thread.
+PAIR_WORDS = 512
+_THREADS, _LANES = 128, 32
+_NAN = 0x7FC00000
+_HIGH = -(1 << 16)
+
+
+def numbered(x: Array, number: Array) -> Array:
+    """A vector in bfloat16 as words."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32)
+    return jax.lax.shift_left(bits, 16) | number
+
+
+def data(words: Array) -> Array:
+    """Inverse of ``numbered``."""
+    bits = jax.lax.shift_right_logical(words, 16).astype(jnp.uint16)
+    return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
+
+
+def take(ref: Any, count: int, number: Array, *, interpret: bool) -> Array:
+    """Waits for a vector of ``count`` words, a multiple of 256; float32, spread over a warpgroup."""
+    if interpret:
+        return jax.lax.bitcast_convert_type(ref[...] & _HIGH, jnp.float32)
+    return _polled(ref, count, number, active=_THREADS, pairs=False)
+
+
+def take_pairs(ref: Any, count: int, number: Array, *, interpret: bool) -> Array:
+    """Waits for ``count`` pairs, an even number, of ``PAIR_WORDS`` words; float32 ``[256]``, then zeros."""
+    if interpret:
+        pairs = ref[...].reshape(-1, 2)
+        bits = (pairs[:, 0] & _HIGH) | jax.lax.shift_right_logical(pairs[:, 1], 16)
+        found = jax.lax.bitcast_convert_type(bits, jnp.float32)
+        return jnp.where(jnp.arange(found.shape[0]) < count, found, 0.0)
+    return _polled(ref, PAIR_WORDS // 2, number, active=count // 2, pairs=True)
+
+
+def put(
+    ref: Any, values: Array, first: Array, end: Any, number: Array, layout: Any, *, interpret: bool
+) -> None:
+    """Stores rows ``first ...`` before ``end`` of a vector.
+
+    Args:
+      ref: its words.
+      values: float32 that bfloat16 can hold, in ``layout``.
+      first, end: rows of the vector; of ``values`` no more than lie between them are stored.
+      number: of the words.
+      layout: one row a warp ``[4]``, or two rows a lane, the same in every warp ``[64]``.
+      interpret: see above.
+    """
+    if interpret:
+        bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+        ref[pl.ds(first, values.shape[0])] = (bits & _HIGH) | number
+        return
+    _stored(ref, values, first, end, number, layout, 0)
+
+
+def put_pairs(
+    ref: Any, values: Array, first: Array, end: Any, number: Array, layout: Any, per: int, *, interpret: bool
+) -> None:
+    """``put`` of float32 as pairs; ``ref`` is ``[n, PAIR_WORDS]``, each of its rows holds ``per`` of them."""
+    if interpret:
+        bits = jax.lax.bitcast_convert_type(values, jnp.int32)
+        pairs = jnp.stack([bits & _HIGH, jax.lax.shift_left(bits, 16)], axis=1) | number
+        ref[:, pl.ds(0, 2 * per)] = pairs.reshape(-1, 2 * per)
+        return
+    _stored(ref, values, first, end, number, layout, per)
+
+
+def _thread() -> Any:
+    """Thread in its warpgroup."""
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith
+
+    return arith.remui(
+        mosaic.utils().thread_idx(), mosaic.utils().c(_THREADS, ir.IntegerType.get_signless(32))
+    )
+
+
+def _polling(loads: int, width: int, active: int) -> str:
+    """Loads until the lower halves of all words are the number; operands: words, base, number, thread."""
+    n = loads * width
+    lines = ["{ .reg .pred p; .reg .b32 d, t, n; .reg .b64 a;", "mov.b32 n, 0;"]
+    lines += [f"mov.b32 ${k}, 0;" for k in range(n)]
+    lines += [f"mul.wide.u32 a, ${n + 2}, {4 * width}; add.s64 a, a, ${n};"]
+    lines += [f"setp.ge.u32 p, ${n + 2}, {active};", "@p bra DONE;", "AGAIN:"]
+    for k in range(loads):
+        words = ", ".join(f"${k * width + j}" for j in range(width))
+        lines.append(f"ld.relaxed.gpu.global.v{width}.b32 {{{words}}}, [a+{k * _THREADS * width * 4}];")
+    lines += ["mov.b32 d, 0;"]
+    lines += [f"xor.b32 t, ${k}, ${n + 1}; or.b32 d, d, t;" for k in range(n)]
+    lines += ["and.b32 d, d, 65535; setp.eq.u32 p, d, 0;", "@p bra DONE;"]
+    lines += [f"add.u32 n, n, 1; setp.lt.u32 p, n, {PATIENCE};", "@p bra AGAIN;"]
+    return "\n".join([*lines, f"mov.b32 $0, {_NAN};", "DONE: }"])
+
+
+def _polled(ref: Any, length: int, number: Array, *, active: int, pairs: bool) -> Array:
+    plgpu = mosaic.pallas()
+
+    layout = plgpu.Layout.WG_STRIDED((length,), vec_size=2)
+
+    @plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
+        return_type=plgpu.ShapeDtypeStruct((length,), jnp.float32, layout=layout),
+    )
+    def poll(context: Any, words: Any, number: Any) -> Any:
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, vector
+
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        loads, width = length // (2 * _THREADS), 4 if pairs else 2
+        found = mosaic.utils().inline_ptx(
+            _polling(loads, width, active),
+            mosaic.utils().memref_ptr(words),
+            number.registers.item(),
+            _thread(),
+            result_types=[i32] * (loads * width),
+            has_side_effects=True,
+        )
+        upper = [arith.andi(word, mosaic.utils().c(_HIGH, i32)) for word in found]
+        if pairs:
+            lower = [arith.shrui(word, mosaic.utils().c(16, i32)) for word in found]
+            upper = [arith.ori(upper[k], lower[k + 1]) for k in range(0, len(found), 2)]
+        numbers = [arith.bitcast(f32, bits) for bits in upper]
+        registers = np.empty(loads, dtype=object)
+        for k in range(loads):
+            both = numbers[2 * k : 2 * k + 2]
+            registers[k] = vector.from_elements(ir.VectorType.get((2,), f32), both)
+        return mosaic.fragments().FragmentedArray(
+            _registers=registers, _layout=layout.to_mgpu(), _is_signed=None
+        )
+
+    return poll(ref, number)
+
+
+def _stored(ref: Any, values: Array, first: Array, end: Any, number: Array, layout: Any, per: int) -> None:
+    plgpu = mosaic.pallas()
+
+    scalar = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, scalar, scalar, scalar))
+    def store(context: Any, words: Any, values: Any, first: Any, end: Any, number: Any) -> None:
+        from jaxlib.mlir import ir
+        from jaxlib.mlir.dialects import arith, vector
+
+        i32 = ir.IntegerType.get_signless(32)
+        c = lambda value: mosaic.utils().c(value, i32)  # noqa: E731
+        equal, below = arith.CmpIPredicate.eq, arith.CmpIPredicate.ult
+        first, end, number = (scalar.registers.item() for scalar in (first, end, number))
+        thread, base = _thread(), mosaic.utils().memref_ptr(words)
+        warp, lane = arith.divui(thread, c(_LANES)), arith.remui(thread, c(_LANES))
+        [register] = values.registers.flat
+        [width] = ir.VectorType(register.type).shape
+        for j in range(width):
+            value = vector.extract(register, dynamic_position=[], static_position=[j])
+            bits = arith.bitcast(i32, value)
+            if width == 1:
+                row, chosen = arith.addi(first, warp), arith.cmpi(equal, lane, c(0))
+            else:
+                row = arith.addi(first, arith.addi(arith.muli(lane, c(width)), c(j)))
+                chosen = arith.cmpi(equal, warp, c(0))
+            chosen = arith.andi(chosen, arith.cmpi(below, row, end))
+            own = [arith.ori(arith.andi(bits, c(_HIGH)), number)]
+            at = row
+            if per:
+                own.append(arith.ori(arith.shli(bits, c(16)), number))
+                within = arith.muli(arith.remui(row, c(per)), c(2))
+                at = arith.addi(arith.muli(arith.divui(row, c(per)), c(PAIR_WORDS)), within)
+            stored = "v2.b32 [a], {$3, $4}" if per else "b32 [a], $3"
+            mosaic.utils().inline_ptx(
+                "{ .reg .pred p; .reg .b64 a; setp.ne.u32 p, $2, 0; mul.wide.u32 a, $1, 4;"
+                f" add.s64 a, a, $0; @p st.relaxed.gpu.global.{stored}; }}",
+                base,
+                at,
+                arith.extui(i32, chosen),
+                *own,
+                has_side_effects=True,
+            )
+
+    store(ref, values, first, jnp.asarray(end, jnp.int32), number)
