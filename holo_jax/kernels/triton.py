@@ -113,12 +113,12 @@ def accumulate(
     return outputs.astype(jnp.float32).reshape(b, t, h, d), after
 
 
-def plan(call: Call, tiling: Tiling, pieces: int | None, interpret: bool) -> Plan:
-    """How a call is cut: its tiles, and pieces of time where rows and channels are few."""
+def plan(call: Call, tiling: Tiling, pieces: int | None, interpret: bool, programs: int = _PROGRAMS) -> Plan:
+    """How a call is cut: its tiles, and pieces of time where rows and channels make too few ``programs``."""
     b, t, h, d = call.values.shape
     tiles = -(-t // tiling.length)
     if pieces is None:
-        wanted = -(-_PROGRAMS * tiling.channels // (b * h * d))
+        wanted = -(-programs * tiling.channels // (b * h * d))
         pieces = max(1, min(wanted, tiles // _LEAST_TILES))
     each = -(-tiles // pieces)
     return Plan(tiling, t, each, -(-tiles // each), h, interpret)

@@ -15,8 +15,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
-from holo_jax.functional.memory.state import compensated_add
-from holo_jax.kernels.triton_program import Plan, Program, combine, equal, scan, sin_cos, where
+from holo_jax.kernels.triton_program import (
+    Plan,
+    Program,
+    State,
+    after_tile,
+    before_rows,
+    combine,
+    equal,
+    scan,
+    sin_cos,
+    where,
+)
 
 Refs = dict[str, Any]
 
@@ -33,7 +43,7 @@ def forward_kernel(plan: Plan, inputs: Refs, outputs: Refs) -> None:
     runs, reads = inputs.get("runs"), "outputs" in outputs
     width = inputs["values"].shape[-1] // plan.heads
 
-    def tile(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+    def tile(index: Array, state: State) -> State:
         number = program.piece * plan.tiles + index
         start = number * tiling.length
         if "states" in outputs:
@@ -64,12 +74,7 @@ def forward_kernel(plan: Plan, inputs: Refs, outputs: Refs) -> None:
             survives = came == last
         if reads:
             read_keys = keys if queries is None else [sin_cos(q, tiling.approximate) for q in queries]
-            prefix = []
-            for part in (0, 1):
-                held = (state[2 * part] + state[2 * part + 1])[None, :]
-                if here is not None:
-                    held = jnp.where(equal(before, came), held, 0.0)
-                prefix.append(combine(allowed, sums[-1][part]) + held)
+            prefix = before_rows(state, sums[-1], allowed, None if here is None else equal(before, came))
             for step, (sine, cosine) in enumerate(read_keys):
                 sees = None if here is None else equal(here[step], before)
                 real, imag = (s + where(sees, p) for s, p in zip(sums[step], prefix, strict=True))
@@ -77,17 +82,7 @@ def forward_kernel(plan: Plan, inputs: Refs, outputs: Refs) -> None:
                 if "factors" in inputs:
                     found = found * program.factor(inputs["factors"], times[step])
                 program.store(outputs["outputs"], times[step], found)
-        after: list[Array] = []
-        for part in (0, 1):
-            total = sums[-1][part]
-            if here is not None:
-                total = jnp.where(equal(here[-1], last), total, 0.0)
-            added = jnp.sum(total, axis=0)
-            high, low = compensated_add(state[2 * part], state[2 * part + 1], added)
-            if survives is not None:
-                high, low = jnp.where(survives, high, added), jnp.where(survives, low, 0.0)
-            after += [high, low]
-        return tuple(after)
+        return after_tile(state, sums[-1], None if here is None else equal(here[-1], last), survives)
 
     state = tuple(program.vector(ref, program.piece) for ref in inputs["start"])
     state = jax.lax.fori_loop(0, plan.tiles, tile, state)

@@ -15,7 +15,7 @@ from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState, rotors
 from holo_jax.functional.segments import run_index
 from holo_jax.kernels.call import READ_NAME, Call, total_writes
-from holo_jax.kernels.triton import float32, instantiate, padded_runs, starts
+from holo_jax.kernels.triton import float32, instantiate, padded_runs, plan, starts
 from holo_jax.kernels.triton_hadamard import launch
 from holo_jax.kernels.triton_program import Plan, Tiling
 from holo_jax.kernels.triton_rotation import rotation_backward, rotation_forward
@@ -23,7 +23,6 @@ from holo_jax.kernels.triton_rotation import rotation_backward, rotation_forward
 _CHANNELS = (64, 32)
 # Of two warps, four on a multiprocessor of a large device.
 _PROGRAMS = 512
-_LEAST_TILES = 8
 
 
 class Positions(NamedTuple):
@@ -63,7 +62,7 @@ def accumulate(
     b, t, h, d = call.values.shape
     channels = next(c for c in _CHANNELS if d % c == 0)
     tiling = tiling or Tiling(rows=8, steps=8, channels=channels, warps=channels // 32)
-    plan = _plan(call, tiling, pieces, interpret)
+    cut = plan(call, tiling, pieces, interpret, _PROGRAMS)
     turns, inside = positions
     inside = jnp.broadcast_to(inside, (b, t))
     inputs: dict[str, Any] = {
@@ -81,7 +80,7 @@ def accumulate(
         parts = (state.memory.real, state.residue.real, state.memory.imag, state.residue.imag)
     start = tuple(part.reshape(b, h * d) for part in parts)
     runs = None if call.segment_ids is None else run_index(call.segment_ids)
-    outputs, end = _memory(plan, inputs, start, runs)
+    outputs, end = _memory(cut, inputs, start, runs)
     real, real_rest, imag, imag_rest = (part.reshape(b, h, d) for part in end)
     memory, residue = jax.lax.complex(real, imag), jax.lax.complex(real_rest, imag_rest)
     if runs is not None:
@@ -93,53 +92,43 @@ def accumulate(
     return outputs.astype(jnp.float32).reshape(b, t, h, d), MemoryState(memory, residue, total_writes(call))
 
 
-def _plan(call: Call, tiling: Tiling, pieces: int | None, interpret: bool) -> Plan:
-    b, t, h, d = call.values.shape
-    tiles = -(-t // tiling.length)
-    if pieces is None:
-        wanted = -(-_PROGRAMS * tiling.channels // (b * h * d))
-        pieces = max(1, min(wanted, tiles // _LEAST_TILES))
-    each = -(-tiles // pieces)
-    return Plan(tiling, t, each, -(-tiles // each), h, interpret)
-
-
 def _signed(units: Array) -> Array:
     return jax.lax.bitcast_convert_type(units, jnp.int32)
 
 
 def _run(
-    kernel: Any, plan: Plan, inputs: dict[str, Any], start: tuple[Array, ...], runs: Any, outputs: Any
+    kernel: Any, cut: Plan, inputs: dict[str, Any], start: tuple[Array, ...], runs: Any, outputs: Any
 ) -> dict[str, Any]:
     """One walk over all pieces; adds the last piece's ``end`` to the outputs."""
-    run = padded_runs(plan, runs)
+    run = padded_runs(cut, runs)
     b, _, width = inputs["values"].shape
     sums = {name: x for name, x in inputs.items() if name != "written"}
-    before = starts(kernel, plan, sums, run, start)
-    wanted = {**outputs, "end": (float32(b, plan.pieces, width),) * 4}
-    found = launch(kernel, plan, {**inputs, **run, "start": before}, wanted)
+    before = starts(kernel, cut, sums, run, start)
+    wanted = {**outputs, "end": (float32(b, cut.pieces, width),) * 4}
+    found = launch(kernel, cut, {**inputs, **run, "start": before}, wanted)
     return {**found, "end": tuple(part[:, -1] for part in found["end"])}
 
 
-def _forward(plan: Plan, inputs: dict[str, Any], start: tuple[Array, ...], runs: Any) -> Any:
+def _forward(cut: Plan, inputs: dict[str, Any], start: tuple[Array, ...], runs: Any) -> Any:
     values = inputs["values"]
     outputs = {"outputs": jax.ShapeDtypeStruct(values.shape, values.dtype)}
-    found = _run(rotation_forward, plan, inputs, start, runs, outputs)
+    found = _run(rotation_forward, cut, inputs, start, runs, outputs)
     # Named while narrow, so that a rematerialised block keeps them instead of running the kernel twice.
     return jax.tree.map(partial(checkpoint_name, name=READ_NAME), (found["outputs"], found["end"]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _memory(plan: Plan, inputs: dict[str, Any], start: tuple[Array, ...], runs: Any) -> Any:
-    return _forward(plan, inputs, start, runs)
+def _memory(cut: Plan, inputs: dict[str, Any], start: tuple[Array, ...], runs: Any) -> Any:
+    return _forward(cut, inputs, start, runs)
 
 
-def _memory_fwd(plan: Plan, inputs: Any, start: Any, runs: Any) -> Any:
+def _memory_fwd(cut: Plan, inputs: Any, start: Any, runs: Any) -> Any:
     plain = jax.tree.map(lambda x: x.value, (inputs, start, runs), is_leaf=lambda x: hasattr(x, "perturbed"))
     inputs, start, runs = plain
-    return _forward(plan, inputs, start, runs), (inputs, runs)
+    return _forward(cut, inputs, start, runs), (inputs, runs)
 
 
-def _memory_bwd(plan: Plan, saved: Any, cotangents: Any) -> tuple[Any, Any, None]:
+def _memory_bwd(cut: Plan, saved: Any, cotangents: Any) -> tuple[Any, Any, None]:
     """The walk backwards, which starts from ``e^{i(theta (t - 1) + base)} conj(d_end)``; likewise its end."""
     inputs, runs = saved
     zero = jax.custom_derivatives.SymbolicZero
@@ -157,17 +146,17 @@ def _memory_bwd(plan: Plan, saved: Any, cotangents: Any) -> tuple[Any, Any, None
     outputs: dict[str, Any] = {"outputs": jax.ShapeDtypeStruct(values.shape, values.dtype)}
     if "gates" in inputs:
         given["written"] = values
-        outputs["d_gates"] = float32(b, t, width // plan.tiling.channels)
+        outputs["d_gates"] = float32(b, t, width // cut.tiling.channels)
     # The residue of a state counts as part of the memory it corrects; the state's cotangent is the memory's.
     begin = mirrored(d_end[0], d_end[2])
     rest = jnp.zeros((b, width), jnp.float32)
     backwards = None if runs is None else (runs[:, -1:] - runs)[:, ::-1]
-    found = _run(rotation_backward, plan, given, (begin.real, rest, begin.imag, rest), backwards, outputs)
+    found = _run(rotation_backward, cut, given, (begin.real, rest, begin.imag, rest), backwards, outputs)
     real, real_rest, imag, imag_rest = found["end"]
     d_start = mirrored(real + real_rest, imag + imag_rest)
     gradients: dict[str, Any] = {"values": found["outputs"], "turns": None, "base": None}
     if "gates" in inputs:
-        gradients["gates"] = found["d_gates"].reshape(b, t, plan.heads, -1).sum(-1)
+        gradients["gates"] = found["d_gates"].reshape(b, t, cut.heads, -1).sum(-1)
     if "factors" in inputs:
         gradients["factors"] = jnp.zeros_like(inputs["factors"])
     return gradients, (d_start.real, d_start.real, d_start.imag, d_start.imag), None

@@ -10,9 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
+from holo_jax.functional.memory.state import compensated_add
 from holo_jax.kernels.phasor_features import HIGH, LOW, sin_cos_reduced
 
 Pair = tuple[Array, Array]
+State = tuple[Array, Array, Array, Array]
 _TURNS = 1.0 / (2.0 * math.pi)
 
 
@@ -108,6 +110,38 @@ def _instruction(text: str, x: Array) -> Array:
 def combine(mask: Array, totals: Array) -> Array:
     """``mask @ totals`` as a sum: a product's layout of registers would spread to everything around it."""
     return jnp.sum(jnp.where(mask[:, :, None], totals[None], 0.0), axis=1)
+
+
+def before_rows(state: State, totals: Pair, allowed: Array, reached: Array | None) -> Pair:
+    """What the rows of a tile find, by part: the totals of ``allowed`` earlier rows, and the state.
+
+    ``reached`` says in which rows the state still holds; None in all.
+    """
+    found = []
+    for part, total in enumerate(totals):
+        held = (state[2 * part] + state[2 * part + 1])[None, :]
+        held = held if reached is None else jnp.where(reached, held, 0.0)
+        found.append(combine(allowed, total) + held)
+    return found[0], found[1]
+
+
+def after_tile(state: State, totals: Pair, last: Array | None, survives: Array | None) -> State:
+    """The state, a compensated sum by part, after a tile.
+
+    Args:
+      state: before it, (sum, residue) by part.
+      totals: of its rows.
+      last: which rows end in the tile's last run; None: all.
+      survives: whether the state's run is that one; None: yes.
+    """
+    after: list[Array] = []
+    for part, total in enumerate(totals):
+        added = jnp.sum(where(last, total), axis=0)
+        high, low = compensated_add(state[2 * part], state[2 * part + 1], added)
+        if survives is not None:
+            high, low = jnp.where(survives, high, added), jnp.where(survives, low, 0.0)
+        after += [high, low]
+    return after[0], after[1], after[2], after[3]
 
 
 class Program:

@@ -18,8 +18,17 @@ import jax
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array
-from holo_jax.functional.memory.state import compensated_add
-from holo_jax.kernels.triton_program import Pair, Plan, Program, combine, equal, sin_cos, where
+from holo_jax.kernels.triton_program import (
+    Pair,
+    Plan,
+    Program,
+    State,
+    after_tile,
+    before_rows,
+    equal,
+    sin_cos,
+    where,
+)
 
 Refs = dict[str, Any]
 _RADIANS = 2.0 * math.pi / 2.0**32
@@ -65,7 +74,7 @@ def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: 
     def load(index: Array) -> tuple[Array, ...]:
         return tuple(program.load(inputs["values"], t) for t in times_of(index))
 
-    def tile(index: Array, carry: tuple[tuple[Array, ...], tuple[Array, ...]]) -> Any:
+    def tile(index: Array, carry: tuple[State, tuple[Array, ...]]) -> Any:
         state, loaded = carry
         start = (program.piece * plan.tiles + index) * tiling.length
         times = times_of(index)
@@ -105,34 +114,22 @@ def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: 
             allowed &= ahead[:, None] == here[-1][None, :]
             survives = came == last
         if reads:
-            prefix = []
-            for part in (0, 1):
-                summed = (state[2 * part] + state[2 * part + 1])[None, :]
-                if here is not None:
-                    summed = jnp.where(equal(ahead, came), summed, 0.0)
-                prefix.append(combine(allowed, totals[1 - part]) + summed)
-            held = _turned_back((prefix[1], prefix[0]), entry)
+            reached = None if here is None else equal(ahead, came)
+            held = _turned_back(before_rows(state, totals, allowed, reached), entry)
             for step, t in enumerate(times):
                 held = advance(held, step)
                 found = held[1]
                 if written:
                     program.store_rows(outputs["d_gates"], t, jnp.sum(written[step] * found, axis=1))
                 program.store(outputs["outputs"], t, _scaled(found, scales_after[step]))
-        moved: list[Array] = []
-        for part in (0, 1):
-            total = totals[1 - part]
-            if here is not None:
-                total = jnp.where(equal(here[-1], last), total, 0.0)
-            added = jnp.sum(total, axis=0)
-            high, low = compensated_add(state[2 * part], state[2 * part + 1], added)
-            if survives is not None:
-                high, low = jnp.where(survives, high, added), jnp.where(survives, low, 0.0)
-            moved += [high, low]
-        return tuple(moved), loaded
+        ends = None if here is None else equal(here[-1], last)
+        return after_tile(state, totals, ends, survives), loaded
 
-    state = tuple(program.vector(ref, program.piece) for ref in inputs["start"])
-    state, _ = jax.lax.fori_loop(0, plan.tiles, tile, (state, load(jnp.int32(0))))
-    for ref, part in zip(outputs["end"], state, strict=True):
+    # A state's parts are (real, imaginary); pairs here are (imaginary, real).
+    real, real_rest, imag, imag_rest = (program.vector(ref, program.piece) for ref in inputs["start"])
+    begin = (imag, imag_rest, real, real_rest), load(jnp.int32(0))
+    (imag, imag_rest, real, real_rest), _ = jax.lax.fori_loop(0, plan.tiles, tile, begin)
+    for ref, part in zip(outputs["end"], (real, real_rest, imag, imag_rest), strict=True):
         program.put_vector(ref, program.piece, part)
 
 
