@@ -8,6 +8,8 @@ BIN = $(VENV)/bin
 LOCK = $(shell $(PYTHON) -c 'import sys; print("requirements/python3.%d.txt" % min(12, sys.version_info[1]))' 2>/dev/null)
 STAMP = $(VENV)/.ready-$(shell cat pyproject.toml $(LOCK) 2>/dev/null | cksum | cut -d' ' -f1)
 RUN ?= runs/quickstart
+# Extras of a new environment; `eval` adds lm_eval, without which `eval.harness` is left out.
+EXTRAS ?= train,dev
 # Python compiles what is imported, unless it was told to keep nothing; pip would compile all, for half a minute.
 BYTECODE = $(if $(PYTHONDONTWRITEBYTECODE),,--no-compile)
 # XLA on CPUs allocates the temporary memory of every step anew; in huge pages that is 80 faults a step less in 100.
@@ -34,7 +36,7 @@ $(STAMP):
 	@echo "setting up $(VENV) with $$($(PYTHON) --version) (a minute or two)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(BYTECODE) -c $(LOCK) -e '.[train,dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(BYTECODE) -c $(LOCK) -e '.[$(EXTRAS)]'
 	@rm -f $(VENV)/.ready-* && touch $@
 
 setup-cuda: setup ## add the CUDA wheels of the same versions

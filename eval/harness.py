@@ -10,9 +10,10 @@ import os
 import sys
 
 from eval import common
-from eval.common import Reporter, UsageError, cell, markdown_table
+from eval.common import Reporter, UsageError
+from eval.harness_view import figures, table
 from eval.opened import open_model, require_checkpoint
-from eval.results import Results, Value
+from eval.results import Value
 
 _Z = 1.959963984540054
 
@@ -98,17 +99,6 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             detail = "" if known else "the harness gives no standard error"
             reporter.add(Value(metric, where, float(number), float(low), float(high), n, kind, detail=detail))
     reporter.note(f"lm_eval {lm_eval.__version__ if hasattr(lm_eval, '__version__') else ''}".strip())
-
-
-def table(results: Results) -> str:
-    """One row a task and metric."""
-    rows = [[v.where["task"], v.metric, v.where["filter"], v.n, cell(v)] for v in results.values]
-    return markdown_table(["task", "metric", "filter", "n", "score"], rows)
-
-
-def figures(results: Results, theme: str) -> dict:
-    """No plot: scores of different metrics share no axis."""
-    return {}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -10,7 +10,7 @@ VIEWS = {
     "needle": "eval.needle_view",
     "ruler": "eval.ruler_view",
     "perplexity": "eval.perplexity_view",
-    "harness": "eval.harness",
+    "harness": "eval.harness_view",
     "speed": "eval.speed_view",
     "scaling": "eval.scaling",
     "inference": "eval.inference_view",

@@ -42,7 +42,6 @@ def test_what_is_wrong_is_named(changes: dict, message: str, tmp_path: Path) -> 
     assert quick.problem(GOOD, "needle", tmp_path) == "table.md or the plots are missing"
     (tmp_path / "table.md").touch()
     assert quick.problem(GOOD, "needle", tmp_path) == "table.md or the plots are missing"
-    assert quick.problem(dataclasses.replace(GOOD, evaluation="harness"), "harness", tmp_path) == ""
     (tmp_path / "needle.png").touch()
     assert quick.problem(GOOD, "needle", tmp_path) == ""
     assert message in quick.problem(dataclasses.replace(GOOD, **changes), "needle", tmp_path)
