@@ -33,5 +33,10 @@ def figure(results: Results, theme: str):
         plots.log_ticks(bottom, "x", sizes["test_pairs"])
     axes[0, 0].set_ylabel("top-1 recall")
     axes[1, 0].set_ylabel("mean square error")
-    axes[1, -1].legend(loc="lower right", fontsize=8.5, ncols=2)
+    # Of every panel: not all presets may be in each.
+    named: dict = {}
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    axes[1, -1].legend(named.values(), named, loc="lower right", fontsize=8.5, ncols=2)
     return made

@@ -18,6 +18,7 @@ from holo_jax.array_types import Array
 from holo_jax.kernels.triton_program import (
     Plan,
     Program,
+    Runs,
     State,
     after_tile,
     before_rows,
@@ -40,7 +41,7 @@ def forward_kernel(plan: Plan, inputs: Refs, outputs: Refs) -> None:
     """
     program = Program(plan)
     tiling = plan.tiling
-    runs, reads = inputs.get("runs"), "outputs" in outputs
+    reads = "outputs" in outputs
     width = inputs["values"].shape[-1] // plan.heads
 
     def tile(index: Array, state: State) -> State:
@@ -55,34 +56,20 @@ def forward_kernel(plan: Plan, inputs: Refs, outputs: Refs) -> None:
         values = [program.load(inputs["values"], t) for t in times]
         if "gates" in inputs:
             values = [v * program.gate(inputs["gates"], t, width) for v, t in zip(values, times, strict=True)]
-        here: Any = None
-        before: Any = None
-        same: list[Any] = [None] * tiling.steps
-        if runs is not None:
-            before = program.run(runs, times[0] - 1)
-            here = [program.run(runs, t) for t in times]
-            same = [None, *(equal(x, y) for x, y in zip(here[1:], here[:-1], strict=True))]
+        runs = Runs(program, inputs.get("runs"), start, times)
         keys = [sin_cos(p, tiling.approximate) for p in phases]
-        sums = scan(keys, values, same)
-        allowed = program.slots[:, None] > program.slots[None, :]
-        last: Any = None
-        came: Any = None
-        survives: Any = None
-        if here is not None:
-            came, last = program.run(runs, start - 1), program.run(runs, start + tiling.length - 1)
-            allowed &= before[:, None] == here[-1][None, :]
-            survives = came == last
+        sums = scan(keys, values, runs.same)
         if reads:
             read_keys = keys if queries is None else [sin_cos(q, tiling.approximate) for q in queries]
-            prefix = before_rows(state, sums[-1], allowed, None if here is None else equal(before, came))
+            prefix = before_rows(state, sums[-1], runs)
             for step, (sine, cosine) in enumerate(read_keys):
-                sees = None if here is None else equal(here[step], before)
-                real, imag = (s + where(sees, p) for s, p in zip(sums[step], prefix, strict=True))
+                found_before = (where(runs.sees[step], p) for p in prefix)
+                real, imag = (s + p for s, p in zip(sums[step], found_before, strict=True))
                 found = cosine * real + sine * imag
                 if "factors" in inputs:
                     found = found * program.factor(inputs["factors"], times[step])
                 program.store(outputs["outputs"], times[step], found)
-        return after_tile(state, sums[-1], None if here is None else equal(here[-1], last), survives)
+        return after_tile(state, sums[-1], runs)
 
     state = tuple(program.vector(ref, program.piece) for ref in inputs["start"])
     state = jax.lax.fori_loop(0, plan.tiles, tile, state)

@@ -112,34 +112,53 @@ def combine(mask: Array, totals: Array) -> Array:
     return jnp.sum(jnp.where(mask[:, :, None], totals[None], 0.0), axis=1)
 
 
-def before_rows(state: State, totals: Pair, allowed: Array, reached: Array | None) -> Pair:
-    """What the rows of a tile find, by part: the totals of ``allowed`` earlier rows, and the state.
+class Runs:
+    """The runs (segments) that a tile of a forward walk meets; nothing but order where there are none.
 
-    ``reached`` says in which rows the state still holds; None in all.
+    Attributes:
+      same: step by step, which rows go on with the run of the position before, ``[rows, 1]`` or None.
+      sees: the same for the position before the row.
+      allowed: ``[to, from]``, rows whose totals belong to what is before a later row.
+      reached: rows before which the state still holds, or None.
+      last: rows that end in the tile's last run, or None.
+      survives: whether the state's run is that one, or None.
     """
+
+    def __init__(self, program: "Program", ref: Any, start: Array, times: list[Array]) -> None:
+        steps = len(times)
+        self.same: list[Any] = [None] * steps
+        self.sees: list[Any] = [None] * steps
+        self.reached = self.last = self.survives = None
+        self.allowed = program.slots[:, None] > program.slots[None, :]
+        if ref is None:
+            return
+        before = program.run(ref, times[0] - 1)
+        here = [program.run(ref, t) for t in times]
+        came, last = program.run(ref, start - 1), program.run(ref, start + program.plan.tiling.length - 1)
+        self.same = [equal(x, y) for x, y in zip(here, [before, *here[:-1]], strict=True)]
+        self.sees = [equal(x, before) for x in here]
+        self.allowed = self.allowed & (before[:, None] == here[-1][None, :])
+        self.reached, self.last = equal(before, came), equal(here[-1], last)
+        self.survives = came == last
+
+
+def before_rows(state: State, totals: Pair, runs: Runs) -> Pair:
+    """What the rows of a tile find, by part: the totals of earlier rows of their runs, and the state."""
     found = []
     for part, total in enumerate(totals):
         held = (state[2 * part] + state[2 * part + 1])[None, :]
-        held = held if reached is None else jnp.where(reached, held, 0.0)
-        found.append(combine(allowed, total) + held)
+        found.append(combine(runs.allowed, total) + where(runs.reached, held))
     return found[0], found[1]
 
 
-def after_tile(state: State, totals: Pair, last: Array | None, survives: Array | None) -> State:
-    """The state, a compensated sum by part, after a tile.
-
-    Args:
-      state: before it, (sum, residue) by part.
-      totals: of its rows.
-      last: which rows end in the tile's last run; None: all.
-      survives: whether the state's run is that one; None: yes.
-    """
+def after_tile(state: State, totals: Pair, runs: Runs) -> State:
+    """The state, a compensated sum by part, after a tile with these totals of its rows."""
     after: list[Array] = []
     for part, total in enumerate(totals):
-        added = jnp.sum(where(last, total), axis=0)
+        added = jnp.sum(where(runs.last, total), axis=0)
         high, low = compensated_add(state[2 * part], state[2 * part + 1], added)
-        if survives is not None:
-            high, low = jnp.where(survives, high, added), jnp.where(survives, low, 0.0)
+        if runs.survives is not None:
+            high, low = jnp.where(runs.survives, high, added), jnp.where(runs.survives, low, 0.0)
         after += [high, low]
     return after[0], after[1], after[2], after[3]
 

@@ -22,10 +22,10 @@ from holo_jax.kernels.triton_program import (
     Pair,
     Plan,
     Program,
+    Runs,
     State,
     after_tile,
     before_rows,
-    equal,
     sin_cos,
     where,
 )
@@ -55,7 +55,7 @@ def rotation_backward(plan: Plan, inputs: Refs, outputs: Refs) -> None:
 
 def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: str) -> None:
     plan = program.plan
-    tiling, runs = plan.tiling, inputs.get("runs")
+    tiling = plan.tiling
     turns, base = (program.constants(inputs[name])[None] for name in ("turns", "base"))
     one_step = _rotor(turns)
     one_run = _rotor(turns * tiling.steps)
@@ -84,20 +84,14 @@ def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: 
         reads = "outputs" in outputs
         scales_after = [scales(after, t) if reads else None for t in times]
         written = [program.load(inputs["written"], t) for t in times] if "d_gates" in outputs else []
-        here: Any = None
-        ahead: Any = None
-        same: list[Any] = [None] * tiling.steps
-        if runs is not None:
-            ahead = program.run(runs, times[0] - 1)
-            here = [program.run(runs, t) for t in times]
-            same = [equal(x, y) for x, y in zip(here, [ahead, *here[:-1]], strict=True)]
+        runs = Runs(program, inputs.get("runs"), start, times)
 
         def advance(held: Pair | None, step: int) -> Pair:
             """(imaginary, real) of the sum at a step, from that of the step before."""
             if held is None:
                 return jnp.zeros_like(values[step]), values[step]
             imag, real = _turned_back(held, one_step)
-            return where(same[step], imag), where(same[step], real) + values[step]
+            return where(runs.same[step], imag), where(runs.same[step], real) + values[step]
 
         held: Pair | None = None
         for step in range(tiling.steps):
@@ -105,25 +99,15 @@ def _walk(program: Program, inputs: Refs, outputs: Refs, *, before: str, after: 
         assert held is not None
         entry = _rotor((start - 1 + program.slots * tiling.steps)[:, None] * turns + base)
         totals = _turned(held, _turned(entry, one_run))
-        allowed = program.slots[:, None] > program.slots[None, :]
-        last: Any = None
-        came: Any = None
-        survives: Any = None
-        if here is not None:
-            came, last = program.run(runs, start - 1), program.run(runs, start + tiling.length - 1)
-            allowed &= ahead[:, None] == here[-1][None, :]
-            survives = came == last
         if reads:
-            reached = None if here is None else equal(ahead, came)
-            held = _turned_back(before_rows(state, totals, allowed, reached), entry)
+            held = _turned_back(before_rows(state, totals, runs), entry)
             for step, t in enumerate(times):
                 held = advance(held, step)
                 found = held[1]
                 if written:
                     program.store_rows(outputs["d_gates"], t, jnp.sum(written[step] * found, axis=1))
                 program.store(outputs["outputs"], t, _scaled(found, scales_after[step]))
-        ends = None if here is None else equal(here[-1], last)
-        return after_tile(state, totals, ends, survives), loaded
+        return after_tile(state, totals, runs), loaded
 
     # A state's parts are (real, imaginary); pairs here are (imaginary, real).
     real, real_rest, imag, imag_rest = (program.vector(ref, program.piece) for ref in inputs["start"])

@@ -1,0 +1,197 @@
+"""One warpgroup of the kernel over all layers: its registers, its loads and waits, its share of a product.
+
+See ``decode_stream``. A warp multiplies whole rows, so sums stay inside it; the norm costs no pass of its
+own, as in ``decode_products``.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from holo_jax.array_types import Array
+from holo_jax.kernels import decode_mail, decode_plan, mosaic
+from holo_jax.kernels.decode_plan import CHUNK, PRODUCTS
+from holo_jax.kernels.decode_shape import Shape
+
+Refs = dict[str, Any]
+_TILE = 4  # rows of a weight at a time, one a warp
+
+
+class Layouts(NamedTuple):
+    """Where a warpgroup's registers hold what.
+
+    Attributes:
+      rows: ``[4 n, 256]``, a row in one warp.
+      lines: ``[4 n, 64]``, a row in one warp.
+      slabs: ``[4 n, 64]``, a column in one warp.
+      lanes: ``[32]``, the same in every warp.
+    """
+
+    rows: Any
+    lines: Any
+    slabs: Any
+    lanes: Any
+
+
+def layouts() -> Layouts:
+    """Of this kernel."""
+    plgpu = mosaic.pallas()
+
+    def tiled(tiles: Any, warps: Any, lanes: Any) -> Any:
+        return plgpu.Layout.TILED(plgpu.Tiling(tiles), warp_dims=warps, lane_dims=lanes, vector_dim=-1)
+
+    return Layouts(
+        rows=tiled(((_TILE, CHUNK), (8,)), (-3,), (-2,)),
+        lines=tiled(((4, 64), (2,)), (-3,), (-2,)),
+        slabs=tiled(((4, 64), (4, 16), (2,)), (-4,), (-3, -2)),
+        lanes=tiled(((32,), (1,)), (plgpu.Replicated(4),), (-2,)),
+    )
+
+
+class Worker:
+    """One warpgroup that computes: loads, waits and products of its program's share."""
+
+    def __init__(self, shape: Shape, refs: Refs) -> None:
+        self.shape, self.refs, self.interpret = shape, refs, shape.interpret
+        self.plan, self.layouts = decode_plan.plan(shape), layouts()
+        self.group, self.program = jax.lax.axis_index("group"), jax.lax.axis_index("program")
+
+    def load(self, ref: Any, layout: Any) -> Array:
+        """A block in a layout."""
+        plgpu = mosaic.pallas()
+
+        return ref[...] if self.interpret else plgpu.load(ref, layout=layout, optimized=False)
+
+    def spread(self, x: Array, shape: tuple[int, int], axis: int, layout: Any) -> Array:
+        """A vector along one axis of a block, the same along the other."""
+        plgpu = mosaic.pallas()
+
+        wide = jax.lax.broadcast_in_dim(x, shape, (axis,))
+        return wide if self.interpret else plgpu.layout_cast(wide, layout)
+
+    def meet(self, groups: int = 1) -> None:
+        """Waits for the other warps of this group, or of all that compute, and what they stored."""
+        plgpu = mosaic.pallas()
+
+        if self.interpret:
+            return
+
+        @plgpu.inline_mgpu()
+        def barrier(context: Any) -> None:
+
+            if groups == 1:
+                mosaic.utils().warpgroup_barrier()
+            else:
+                mosaic.utils().inline_ptx(f"bar.sync 15, {128 * groups};", has_side_effects=True)
+
+        barrier()
+
+    def slots(self, shape: tuple[int, int], layout: Any) -> Array:
+        """Numbers of rows, in a layout."""
+        plgpu = mosaic.pallas()
+
+        if self.interpret:
+            return jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=layout)
+
+    def pieces(self, ref: Any, depth: int) -> list[Array]:
+        """A vector in float32, the same in every warp."""
+        rows = self.layouts.rows.reduce(0)
+        found = [self.load(ref.at[pl.ds(n, CHUNK)], rows) for n in range(0, depth, CHUNK)]
+        return [x.astype(jnp.float32) for x in found]
+
+    def product(
+        self,
+        name: str,
+        source: str,
+        number: Array,
+        finish: Any,
+        *,
+        scale: list[Array] | None = None,
+        beside: Any = lambda: None,
+    ) -> Any:
+        """Waits for a vector, multiplies this group's rows by it, and gives their room back.
+
+        Args:
+          name: of the product.
+          source: the vector.
+          number: of the vector's words.
+          finish: gets the float32 sums of four rows (of ``up`` those of the gate too), the same rows of the
+            residual stream for ``out`` and ``down``, the first row and the end of the share.
+          scale: the weight of the norm of the vector, if it is normed.
+          beside: loads to begin once the vector has come, for later.
+
+        Returns:
+          What ``beside`` does.
+        """
+        plgpu = mosaic.pallas()
+
+        shape, refs, plan = self.shape, self.refs, self.plan
+        rows, interpret = self.layouts.rows, self.interpret
+        own = getattr(plan, name)
+        depth, halves = decode_plan.depth(shape, name), 2 if name == "up" else 1
+        tile = own if interpret else _TILE
+        tiles = pl.cdiv(pl.cdiv(own, tile), plan.groups)
+        # The last group begins early, so that it ends with the share; what is made twice is stored twice.
+        start = jnp.minimum(self.group * tiles * tile, max(own - tiles * tile, 0))
+        first = decode_plan.first(shape, name, self.program)
+        end = first + own
+        # The stream is where the maps, or the gated layer, had it.
+        added = name in ("out", "down")
+        old = [
+            self.load(refs["narrow"].at[pl.ds(first + start + n * tile, tile)], rows.reduce(1))
+            for n in range(tiles if added else 0)
+        ]
+        stage = refs["narrow" if name in ("maps", "up") else "wide"]
+        part = pl.cdiv(depth // CHUNK, plan.groups) * CHUNK
+        at = jnp.minimum(self.group * part, depth - part)
+        x = decode_mail.take(refs[source].at[pl.ds(at, part)], part, number, interpret=interpret)
+        stage[pl.ds(at, part)] = x.astype(jnp.bfloat16)
+        later = beside()
+        self.meet(plan.groups)
+        for n in range(len(decode_plan.copies(shape, name))):
+            plgpu.barrier_wait(refs[f"{name}_come"].at[n])
+        sums: list[list[Any]] = [[None] * halves for _ in range(tiles)]
+        squares: Any = None
+        for chunk, x in enumerate(self.pieces(stage, depth)):
+            if scale is not None:
+                squares = plus(squares, x * x)
+                x = x * scale[chunk]
+            wide = self.spread(x, (tile, CHUNK), 1, rows)
+            for n, total in enumerate(sums):
+                for half in range(halves):
+                    room = refs[f"{name}_room"].at[half, pl.ds(start + n * tile, tile), chunk]
+                    weights = self.load(room, rows).astype(jnp.float32)
+                    total[half] = plus(total[half], weights * wide)
+        inverse: Any = None
+        if scale is not None:
+            inverse = jax.lax.rsqrt(jnp.sum(squares, axis=0) * (1.0 / depth) + shape.eps)
+        plgpu.barrier_arrive(refs["free"].at[PRODUCTS.index(name)])
+        for n, total in enumerate(sums):
+            found = [jnp.sum(y, axis=1) for y in total]
+            if inverse is not None:
+                found = [y * inverse for y in found]
+            finish(found, old[n].astype(jnp.float32) if added else None, first + start + n * tile, end)
+        return later
+
+
+def plus(total: Array | None, x: Array) -> Array:
+    """A sum that may not have begun."""
+    return x if total is None else total + x
+
+
+def rounded(x: Array) -> Array:
+    """Float32 that bfloat16 can hold."""
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def silu(x: Array) -> Array:
+    """``x * sigmoid(x)``."""
+    return x / (1.0 + jnp.exp(-x))
+
+
+def turns(shape: Shape) -> int:
+    """Heads that a program works out."""
+    return pl.cdiv(shape.heads, shape.programs)
