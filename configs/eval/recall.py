@@ -78,7 +78,7 @@ _VARIANTS = {
         published=False,
         select=(
             "attention", "holo_4k", "holo_sum_4k", "ssm_4k", "holo_16k", "ssm_16k", "holo_64k", "ssm_64k",
-            "dual_4k",
+            "dual_4k", "seed_4k",
         ),
     ),
     "quick": dict(
