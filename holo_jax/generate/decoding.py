@@ -1,5 +1,6 @@
 """Generating tokens: a compiled loop over a block of tokens, and the call that runs blocks until done."""
 
+import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,21 +21,24 @@ from holo_jax.generate.checks import (
     check_ids,
     check_room,
 )
+from holo_jax.generate.counts import Counts, unpacked
 from holo_jax.generate.forms import decoding_form, is_split, owned, split_state, stack_state
 from holo_jax.generate.pending import GROUP, hold_layers, holds, release_layers
 from holo_jax.generate.reading import PIECE_SIZE, Reading, init_state, next_logits, prefill, read
-from holo_jax.generate.sampling import Plan, Sampling, SamplingNumbers, sample
+from holo_jax.generate.sampling import Plan, Sampling, SamplingNumbers, draw, row_keys
 from holo_jax.generate.state_precision import stored_dtype
 from holo_jax.generate.stepping import (
     PORTABLE,
     Form,
     choose,
     join_held,
+    logits_of,
+    no_hidden,
     pack,
     reusable,
     room_for_mail,
     split_held,
-    step,
+    through_blocks,
 )
 from holo_jax.model import HoloForCausalLM, ModelState, positional_turns
 
@@ -204,8 +208,9 @@ def generate(
     return Generated(tokens, stopped, decoding.logits, state, decoding.seen)
 
 
-# Where a loop stands, whether all logits were finite, and how often it went round.
-_Counted = tuple[Decoding, Array, Array]
+# Where a loop over groups stands: its ``Decoding``, the residual stream after the last block, whether all
+# logits were finite, how often it went round, and ``stepping.reusable``.
+_Grouped = tuple[Decoding, Array, Array, Array, Any]
 
 
 def _decode_block(
@@ -239,67 +244,83 @@ def _decode_block(
     model = nnx.merge(graphdef, params)
     turns = positional_turns(model.config)
     permitted = jnp.arange(model.config.vocab_size)[None] < inputs.allowed
-    if holds(decoding.state.layers):
-        groups = -(-steps // GROUP)
-        size = -(-steps // groups)
-    else:
-        groups, size = 1, steps
-
+    groups = -(-steps // GROUP)
+    size = -(-steps // groups)
     mail = room_for_mail(model.config, form)
 
-    def draw(now: Decoding) -> Array:
-        logits = jnp.where(permitted, now.logits, -jnp.inf)
-        return sample(logits, inputs.numbers, inputs.seeds, now.state.position, now.seen, plan=plan)
+    def drawn(logits: Array, keys: Array, seen: Array | None) -> tuple[Array, Array]:
+        allowed = jnp.where(permitted, logits, -jnp.inf)
+        return draw(allowed, inputs.numbers, keys, seen, jnp.isfinite(logits), plan=plan)
 
-    def after(now: Decoding, token: Array, active: Array, logits: Array, state: ModelState) -> Decoding:
-        logits = jnp.where(active[:, None], logits, now.logits)
-        stops = jnp.any(token[:, None] == inputs.stop_tokens[None], axis=-1)
-        remaining = jnp.where(active, jnp.where(stops, 0, now.remaining - 1), now.remaining)
-        seen = now.seen
-        if seen is not None:
-            seen = seen | (active[:, None] & (token[:, None] == jnp.arange(seen.shape[1])[None]))
-        return Decoding(logits, state, remaining, seen)
+    def left(remaining: Array, token: Array, active: Array) -> Array:
+        stops = functools.reduce(jnp.logical_or, [token == stop for stop in inputs.stop_tokens])
+        return jnp.where(active, jnp.where(stops, 0, remaining - 1), remaining)
+
+    def noted(seen: Array | None, token: Array, active: Array) -> Array | None:
+        if seen is None:
+            return None
+        return seen | (active[:, None] & (token[:, None] == jnp.arange(seen.shape[1])[None]))
 
     def one(carry: tuple[Decoding, Array], _: None) -> tuple[tuple[Decoding, Array], Array]:
         now, finite = carry
-        token, active = draw(now), now.remaining > 0
+        token, checks = drawn(now.logits, row_keys(inputs.seeds, now.state.position), now.seen)
+        active = now.remaining > 0
         hidden, state = read(model, jnp.where(active, token, 0)[:, None], now.state, active[:, None], turns)
-        now = after(now, token, active, next_logits(model, hidden), state)
-        return (now, finite & jnp.all(jnp.isfinite(now.logits))), jnp.where(active, token, NONE)
+        logits = jnp.where(active[:, None], next_logits(model, hidden), now.logits)
+        now = Decoding(logits, state, left(now.remaining, token, active), noted(now.seen, token, active))
+        return (now, finite & jnp.all(checks)), jnp.where(active, token, NONE)
 
-    # Loops count in their carry: a number sliced out of an array is a copy of its own on a GPU, which cuts
-    # the graph of a token's kernels in two.
-    def group(carry: tuple[_Counted, Any], no: None) -> tuple[tuple[_Counted, Any], Array]:
-        (now, finite, number), used = carry
+    def group(carry: _Grouped, no: None) -> tuple[_Grouped, Array]:
+        now, hidden, finite, number, used = carry
         fixed, moving = split_held(now.state.layers, size, used, mail)
-        before = now.state.position
+        segment, start = now.state.segment, now.state.position
+        # A row that reads a token has read all of the group before it.
+        positions = start[None] + jnp.arange(size, dtype=jnp.uint32)[:, None]
+        keys = row_keys(inputs.seeds, positions)
 
-        def one(carry: _Counted, no: None) -> tuple[_Counted, Array]:
-            now, finite, index = carry
+        def one(carry: Any, no: None) -> tuple[Any, None]:
+            packed_counts, logits, hidden, layers, seen, index = carry
+            counts = unpacked(packed_counts)
+            token, checks = drawn(logits, keys[index], seen)
             # The last group may be longer than what is left of the steps.
-            token, active = draw(now), (now.remaining > 0) & (number * size + index < steps)
+            active = (counts.remaining > 0) & (number * size + index < steps)
+            state = ModelState(layers, counts.position, segment)
             ids = jnp.where(active, token, 0)
-            logits, state = step(model, ids, fixed, now.state, index, active, turns, form, packed)
-            now = after(now, token, active, logits, state)
-            finite = finite & jnp.all(jnp.isfinite(now.logits))
-            return (now, finite, index + 1), jnp.where(active, token, NONE)
+            hidden, state = through_blocks(
+                model, ids, hidden, fixed, state, index, active, turns, form, packed
+            )
+            here = jnp.arange(size, dtype=jnp.int32)[:, None] == index
+            after = Counts(
+                state.position,
+                left(counts.remaining, token, active),
+                counts.finite & checks,
+                jnp.where(here & active[None], token[None], counts.tokens),
+            )
+            seen = noted(seen, token, active)
+            logits = logits_of(model, hidden, form, packed)
+            return (after.packed(), logits, hidden, state.layers, seen, index + 1), None
 
-        start = (now._replace(state=now.state._replace(layers=moving)), finite, jnp.int32(0))
-        (now, finite, _), tokens = jax.lax.scan(one, start, length=size)
-        count = (now.state.position - before).astype(jnp.int32)
-        used = reusable(now.state.layers, form)
-        state = now.state._replace(layers=join_held(fixed, now.state.layers, count, size, form))
-        return ((now._replace(state=state), finite, number + 1), used), tokens
+        counts = Counts(start, now.remaining, finite, jnp.full((size, start.shape[0]), NONE, jnp.int32))
+        looped = (counts.packed(), now.logits, hidden, moving, now.seen, jnp.int32(0))
+        (packed_counts, logits, hidden, layers, seen, _), _ = jax.lax.scan(one, looped, length=size)
+        counts = unpacked(packed_counts)
+        count = (counts.position - start).astype(jnp.int32)
+        state = ModelState(join_held(fixed, layers, count, size, form), counts.position, segment)
+        now = Decoding(logits, state, counts.remaining, seen)
+        return (now, hidden, counts.finite, number + 1, reusable(layers, form)), counts.tokens
 
-    start = (decoding, jnp.all(jnp.isfinite(decoding.logits)))
-    if holds(decoding.state.layers):
-        used = reusable(split_held(decoding.state.layers, size, mail=mail)[1], form)
-        looped = ((*start, jnp.int32(0)), used)
-        ((decoding, finite, _), _), tokens = jax.lax.scan(group, looped, length=groups)
-        tokens = tokens.reshape(groups * size, -1)[:steps]
-    else:
-        (decoding, finite), tokens = jax.lax.scan(one, start, length=steps)
-    return decoding, tokens.T, finite
+    if not holds(decoding.state.layers):
+        (after, finite), tokens = jax.lax.scan(one, (decoding, jnp.bool_(True)), length=steps)
+        return after, tokens.T, finite & jnp.all(jnp.isfinite(after.logits))
+    rows = decoding.remaining.shape[0]
+    used = reusable(split_held(decoding.state.layers, size, mail=mail)[1], form)
+    looped = (decoding, no_hidden(model.config, rows), jnp.ones((rows,), bool), jnp.int32(0), used)
+    (after, _, checks, _, _), tokens = jax.lax.scan(group, looped, length=groups)
+    # What rows that read nothing predict was made of nothing.
+    began = (decoding.remaining > 0)[:, None]
+    after = after._replace(logits=jnp.where(began, after.logits, decoding.logits))
+    finite = jnp.all(checks) & jnp.all(jnp.isfinite(after.logits))
+    return after, tokens.reshape(groups * size, -1)[:steps].T, finite
 
 
 _compiled = partial(jax.jit, static_argnums=0, static_argnames=("steps", "plan", "form"), donate_argnums=2)

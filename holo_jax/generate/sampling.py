@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Bool, Float, Int, UInt32
 
+_NOISE = "threefry2x32"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -119,24 +121,74 @@ def sample(
       positions: number of tokens that each row has read.
       seen: tokens to which the repetition penalty applies; none if None.
     """
+    return draw(logits, numbers, row_keys(seeds, positions), seen, plan=plan)[0]
+
+
+def row_keys(seeds: UInt32[Array, "b"], positions: UInt32[Array, "*n b"]) -> UInt32[Array, "*n b k"]:
+    """Keys of the noise of rows that have read so many tokens."""
+
+    def key(seed: Array, position: Array) -> Array:
+        return jax.random.key_data(jax.random.fold_in(jax.random.key(seed, impl=_NOISE), position))
+
+    return jnp.vectorize(key, signature="(),()->(k)")(jnp.broadcast_to(seeds, positions.shape), positions)
+
+
+def draw(
+    logits: Float[Array, "b v"],
+    numbers: SamplingNumbers,
+    keys: UInt32[Array, "b k"],
+    seen: Bool[Array, "b v"] | None = None,
+    checked: Bool[Array, "b v"] | None = None,
+    *,
+    plan: Plan,
+) -> tuple[Int[Array, "b"], Bool[Array, "b"]]:
+    """``sample`` with the keys of ``row_keys``.
+
+    Args:
+      checked: flags to look at on the way.
+
+    Returns:
+      The tokens, and whether all flags of a row are true.
+    """
+    checked = jnp.ones(logits.shape, bool) if checked is None else checked
     if seen is not None:
         penalised = jnp.where(
             logits > 0, logits / numbers.repetition_penalty, logits * numbers.repetition_penalty
         )
         logits = jnp.where(seen, penalised, logits)
     if plan.greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return _highest(logits, checked)
     logits = logits / numbers.temperature
     order = None
     if plan.filters:
         order = jnp.argsort(-logits, axis=-1, stable=True)
         logits = filter_sorted(jnp.take_along_axis(logits, order, axis=-1), numbers)
-    keys = jax.vmap(_row_key)(seeds, positions)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
-    drawn = jnp.argmax(logits + noise, axis=-1)
+    noise = jax.vmap(
+        lambda key: jax.random.gumbel(
+            jax.random.wrap_key_data(key, impl=_NOISE), logits.shape[-1:], jnp.float32
+        )
+    )(keys)
+    drawn, checks = _highest(logits + noise, checked)
     if order is not None:
-        drawn = jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0]
-    return drawn.astype(jnp.int32)
+        drawn = jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    return drawn, checks
+
+
+def _highest(
+    scores: Float[Array, "b v"], flags: Bool[Array, "b v"]
+) -> tuple[Int[Array, "b"], Bool[Array, "b"]]:
+    """``argmax`` of each row, and ``all`` of its flags, in one reduction: their kernels would be two."""
+
+    def better(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
+        (x, at, of_a), (y, other, of_b) = a, b
+        first = (x > y) | (x != x)
+        lower = first | ((x == y) & (at < other))
+        return jnp.where(first, x, y), jnp.where(lower, at, other), of_a & of_b
+
+    places = jnp.broadcast_to(jnp.arange(scores.shape[-1], dtype=jnp.int32), scores.shape)
+    none = (jnp.float32(-jnp.inf), jnp.int32(0), jnp.bool_(True))
+    _, drawn, checks = jax.lax.reduce((scores, places, flags), none, better, (1,))
+    return drawn, checks
 
 
 def filter_sorted(logits: Float[Array, "b v"], numbers: SamplingNumbers) -> Float[Array, "b v"]:
@@ -149,7 +201,3 @@ def filter_sorted(logits: Float[Array, "b v"], numbers: SamplingNumbers) -> Floa
     inside = (before < numbers.top_p) | (rank == 0) | (numbers.top_p >= 1)
     likely = logits >= logits[:, :1] + numbers.log_min_p
     return jnp.where(inside & likely, kept, -jnp.inf)
-
-
-def _row_key(seed: Array, position: Array) -> Array:
-    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)

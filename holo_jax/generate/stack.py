@@ -50,6 +50,26 @@ def transposed(model: HoloForCausalLM) -> tuple[tuple[dict[str, Array], ...], ..
 
 
 @jax.jit
+def folded(model: HoloForCausalLM) -> tuple[tuple[dict[str, Array], ...], ...]:
+    """The maps of every block after norms, with the norms' weights in them; of a model in decoding form."""
+
+    def times(norm: Any, weight: Array) -> Array:
+        return (norm.weight[...][:, None] * weight).astype(weight.dtype)
+
+    periods: Any = model.model.periods
+    return tuple(
+        tuple(
+            {
+                "maps": times(block.mixer_norm, block.mixer.joined.weight[...]),
+                "up": times(block.mlp_norm, block.mlp.joined.weight[...]),
+            }
+            for block in period.blocks
+        )
+        for period in periods
+    )
+
+
+@jax.jit
 def transposed_head(model: HoloForCausalLM) -> Float[Array, "v e"]:
     """The output projection ``[out, in]`` in the storage dtype; of a model in decoding form."""
     return model.output_weights.T.astype(model.config.precision.storage)
@@ -105,6 +125,7 @@ def heads(
     active: Bool[Array, "b"],
     position: Array,
     interpret: bool,
+    stream: Float[Array, "b e"] | None = None,
 ) -> tuple[Float[Array, "b e"], Pending]:
     """One layer's memory on the joined maps of a token, by a kernel; to be given to the output map.
 
@@ -116,6 +137,7 @@ def heads(
       active: rows that read; the others keep what they hold.
       position: tokens read before, of each row.
       interpret: run in Pallas' interpreter, anywhere.
+      stream: the residual stream, if ``y`` is of it times the norm's weight (``folded``).
 
     Returns:
       What the output map is applied to, in the storage dtype, and the group with its write.
@@ -133,10 +155,17 @@ def heads(
     arrays = {name: array[None] for name, array in arrays.items() if name not in ("residue", "tail")}
     arrays |= {
         "y": y,
-        "index": index[None],
-        "active": active.astype(jnp.float32),
-        "position": position.astype(jnp.float32),
+        # Together, so that one kernel makes them.
+        "numbers": jnp.stack(
+            [
+                jnp.broadcast_to(index, active.shape),
+                active.astype(jnp.int32),
+                jax.lax.bitcast_convert_type(position.astype(jnp.uint32), jnp.int32),
+            ]
+        ),
     }
+    if stream is not None:
+        arrays["stream"] = stream
     found = decode_heads.run_heads(shape, arrays, jnp.dtype(config.precision.storage))
     return found["z"], Pending(*(found[name][0] for name in Pending._fields))
 
@@ -154,6 +183,7 @@ def through(
     shape: decode_shape.Shape,
     weights: dict[str, Array],
     x: Float[Array, "1 e"],
+    hidden: Float[Array, "1 e"],
     held: Held,
     moving: Moving,
     index: Int[Array, ""],
@@ -166,13 +196,15 @@ def through(
       shape: see ``decode_shape.Shape``.
       weights: of ``pack``.
       x: the embedded token in the storage dtype.
+      hidden: what this function returned for the last token that was read.
       held, index, active, position: as in ``heads``, of all layers.
       moving: see ``Moving``.
 
     Returns:
-      The residual stream after the last block, and ``moving`` after the token.
+      The residual stream after the last block, or ``hidden``, and ``moving`` after the token.
     """
     pending, mail, launch = moving
+    bits = jax.lax.bitcast_convert_type(position[0], jnp.int32)
     found = decode_stream.run(
         shape,
         {
@@ -180,13 +212,12 @@ def through(
             **pending._asdict(),
             **mail,
             "x": x,
+            "hidden": hidden,
             "memory": held.memory,
             "writes": held.writes,
-            "index": index[None],
-            "active": active.astype(jnp.float32),
-            "position": position.astype(jnp.float32),
-            "launch": launch[None],
+            # Together, so that one kernel makes them.
+            "numbers": jnp.stack([index, active[0].astype(jnp.int32), bits, launch]),
         },
     )
     after = Pending(*(found[name] for name in Pending._fields))
-    return found["x"], Moving(after, {name: found[name] for name in mail}, launch + 1)
+    return found["hidden"], Moving(after, {name: found[name] for name in mail}, launch + 1)

@@ -22,7 +22,7 @@ from holo_jax.generate.pending import (
     supported,
 )
 from holo_jax.generate.reading import next_logits
-from holo_jax.kernels import decode_plan, decode_products, decode_shape, decode_stream
+from holo_jax.kernels import decode_gate, decode_plan, decode_products, decode_shape, decode_stream
 from holo_jax.layers import embedding_std, lookup, project
 from holo_jax.mixers import Context
 from holo_jax.model import HoloForCausalLM, ModelState
@@ -35,6 +35,7 @@ class Form(NamedTuple):
       stacked: by one kernel over all layers, on states and weights stacked over depth.
       heads: memories by a kernel.
       products: with ``heads``, also the products between memories, with norms, gates and sums around them.
+      folded: with ``heads``, norms' weights in the maps after them, and the norms in kernels after those.
       cublas: the compiler's products are all cuBLAS's, none generated.
       programs: programs of the kernel over all layers.
       interpret: see ``decode_shape.Shape``.
@@ -43,6 +44,7 @@ class Form(NamedTuple):
     stacked: bool = False
     heads: bool = False
     products: bool = False
+    folded: bool = False
     cublas: bool = False
     programs: int = 1
     interpret: bool = False
@@ -50,11 +52,13 @@ class Form(NamedTuple):
 
 PORTABLE = Form()
 # A kernel joins when it has been equal to the definition, and faster, on hardware: at width 1024 and one row
-# "stack" took 0.311 ms a token where "products" took 0.348.
-AUTOMATIC: tuple[str, ...] = ("stack", "products", "heads")
+# "stack" took 0.229 ms a token where "products" took 0.352.
+AUTOMATIC: tuple[str, ...] = ("stack", "products", "folded", "heads")
 # One row takes a kernel a layer from this many bytes of weights a layer: at width 1024 (25 MB) it was slower
 # than the portable form, at 2048 (99 MB) sixteen rows by it took 0.73 of one row's time without.
 _HEADS_BYTES = 2**25
+_PRODUCTS_ROWS = 1  # four rows took 0.488 ms a token by products and 0.433 by a kernel a layer
+_FOLDED_ROWS = 16  # 0.431 ms where norms of their own took 0.457; 256 rows 1.194 and 1.126
 _CUBLAS_ROWS = 256  # 1.174 ms a token and 1.311 at width 1024, 4.145 and 4.325 at 2048; fewer were not timed
 
 
@@ -73,14 +77,16 @@ def choose(config: HoloConfig, rows: int) -> Form:
         and decode_products.unsupported(rows, (shape.width,)) is None
     ):
         return Form(stacked=True, programs=programs)
+    narrow = every and heads and jnp.dtype(config.precision.storage) == jnp.bfloat16
     if (
         "products" in AUTOMATIC
-        and every
-        and heads
-        and jnp.dtype(config.precision.storage) == jnp.bfloat16
+        and narrow
+        and rows <= _PRODUCTS_ROWS
         and decode_products.unsupported(rows, (shape.width, shape.values, shape.hidden)) is None
     ):
         return Form(heads=True, products=True)
+    if "folded" in AUTOMATIC and narrow and 1 < rows <= _FOLDED_ROWS:
+        return Form(heads=True, folded=True)
     if "heads" in AUTOMATIC and heads and (rows > 1 or _layer_bytes(shape, config) >= _HEADS_BYTES):
         return Form(heads=True, cublas=rows >= _CUBLAS_ROWS)
     return PORTABLE
@@ -168,11 +174,39 @@ def step(
     form: Form,
     packed: Any = None,
 ) -> tuple[Float[Array, "b v"], ModelState]:
-    """Reads one token a row; rows that are not active keep their state.
+    """``through_blocks`` and ``logits_of``: reads one token a row; rows that are not active keep their state.
+
+    Returns:
+      Logits in float32, and ``moving`` after the token.
+    """
+    hidden = no_hidden(model.config, tokens.shape[0])
+    hidden, moving = through_blocks(model, tokens, hidden, fixed, moving, index, active, turns, form, packed)
+    return logits_of(model, hidden, form, packed), moving
+
+
+def no_hidden(config: HoloConfig, rows: int) -> Float[Array, "b e"]:
+    """``hidden`` of ``through_blocks`` before any token."""
+    return jnp.zeros((rows, config.hidden_size), config.precision.storage)
+
+
+def through_blocks(
+    model: HoloForCausalLM,
+    tokens: Int[Array, "b"],
+    hidden: Float[Array, "b e"],
+    fixed: Any,
+    moving: ModelState,
+    index: Int[Array, ""],
+    active: Bool[Array, "b"],
+    turns: Array | None,
+    form: Form,
+    packed: Any = None,
+) -> tuple[Float[Array, "b e"], ModelState]:
+    """Reads one token a row; rows that are not active keep what they have.
 
     Args:
       model: in decoding form.
       tokens: ids.
+      hidden: what this function returned for the token before.
       fixed, moving: see ``split_held``; ``moving`` also has position and segment.
       index: tokens in the group before.
       active: rows that read.
@@ -181,7 +215,7 @@ def step(
       packed: ``pack`` of the model.
 
     Returns:
-      Logits in float32, and ``moving`` after the token.
+      The residual stream after the last block, for ``logits_of``, and ``moving`` after the token.
     """
     config = model.config
     x = lookup(model.model.embedding[...], tokens[:, None], config.precision.storage)
@@ -194,8 +228,10 @@ def step(
         own: Any = moving.layers
         room = own.pending.keys.shape[-2]
         shape = stack.shape_of(config, tokens.shape[0], room, form.programs, interpret=form.interpret)
-        x, after = stack.through(shape, packed["stack"], x[:, 0], fixed, own, index, active, moving.position)
-        return _logits(model, x, form, packed), ModelState(after, position, segment)
+        x, after = stack.through(
+            shape, packed["stack"], x[:, 0], hidden, fixed, own, index, active, moving.position
+        )
+        return x, ModelState(after, position, segment)
     context = Context(
         moving.position[:, None],
         segment[:, None],
@@ -213,6 +249,9 @@ def step(
             if form.products:
                 at = (index, active, moving.position)
                 x, state = _by_products(block, packed["blocks"][n][k], x, held, state, *at, form)
+            elif form.folded:
+                at = (index, active, moving.position)
+                x, state = _by_folded(block, packed["blocks"][n][k], x, held, state, *at, form)
             elif held is None:
                 own = None if own_turns is None else own_turns[k]
                 # With a state a block leaves nothing for the next one to add.
@@ -226,7 +265,8 @@ def step(
                     x = x + block.mlp(block.mlp_norm(x))
             states.append(state)
         layers.append(tuple(states))
-    return _logits(model, x[:, 0], form, packed), ModelState(tuple(layers), position, segment)
+    hidden = jnp.where(active[:, None], x[:, 0], hidden)
+    return hidden, ModelState(tuple(layers), position, segment)
 
 
 def pack(model: HoloForCausalLM, form: Form) -> Any:
@@ -235,12 +275,14 @@ def pack(model: HoloForCausalLM, form: Form) -> Any:
         return {"stack": stack.pack(model), "head": stack.transposed_head(model)}
     if form.products:
         return {"blocks": stack.transposed(model), "head": stack.transposed_head(model)}
+    if form.folded:
+        return {"blocks": stack.folded(model)}
     return None
 
 
-def _logits(model: HoloForCausalLM, x: Float[Array, "b e"], form: Form, packed: Any) -> Float[Array, "b v"]:
-    """From the residual stream after the last block to logits; in its forms by a kernel too."""
-    if packed is None:
+def logits_of(model: HoloForCausalLM, x: Float[Array, "b e"], form: Form, packed: Any) -> Float[Array, "b v"]:
+    """From the residual stream after the last block to logits in float32; in its forms by a kernel too."""
+    if packed is None or form.folded:
         return next_logits(model, model.model.norm(x[:, None])[:, 0])
     norm = model.model.norm
     weight = norm.weight[...]
@@ -270,6 +312,32 @@ def _by_products(
     x = product("added", z, weights["out"], residual=x)
     hidden = product("gated", x, weights["up"], norm=block.mlp_norm.weight[...])
     return product("added", hidden, weights["down"], residual=x)[:, None], pending
+
+
+def _by_folded(
+    block: Any,
+    weights: dict[str, Array],
+    x: Float[Array, "b 1 e"],
+    held: Held,
+    pending: Pending,
+    index: Array,
+    active: Array,
+    position: Array,
+    form: Form,
+) -> tuple[Float[Array, "b 1 e"], Pending]:
+    """A block on one token without norms between its products: what follows a product norms its results."""
+    interpret, eps = form.interpret, block.mlp_norm.eps
+
+    def product(x: Array, weight: Array, dtype: Any) -> Array:
+        return jnp.einsum("bi,io->bo", x, weight, preferred_element_type=dtype)
+
+    x = x[:, 0]
+    y = product(x, weights["maps"], jnp.float32)
+    z, pending = stack.heads(block.mixer, y, held, pending, index, active, position, interpret, x)
+    x = x + product(z, block.mixer.out.weight[...], x.dtype)
+    y = product(x, weights["up"], jnp.float32)
+    hidden = decode_gate.gated(y, x, eps=eps, interpret=interpret)
+    return (x + product(hidden, block.mlp.down.weight[...], x.dtype))[:, None], pending
 
 
 def _mix(

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
+from holo_jax.kernels.decode_gate import inverse_rms
 from holo_jax.kernels.decode_shape import Shape
 from holo_jax.kernels.phasor_features import sin_cos_reduced
 
@@ -37,6 +38,8 @@ def decode_heads(shape: Shape, refs: Refs) -> None:
         size = (rows.shape[0], width)
         return jnp.broadcast_to(rows[:, None], size), jnp.broadcast_to(columns[None, :], size)
 
+    inverse: Any = 1.0
+
     def map_of(name: str, column: Array) -> Array:
         return plgpu.load(refs["y"].at[row, shape.offsets[name] + column])
 
@@ -56,10 +59,9 @@ def decode_heads(shape: Shape, refs: Refs) -> None:
         [plgpu.load(refs[name].at[layer, tap + zero, columns]) for tap in range(taps)]
         for name in ("write_taps", "read_taps")
     ]
-    active = plgpu.load(refs["active"].at[row])
+    index, active, position = (plgpu.load(refs["numbers"].at[zero + n, row]) for n in range(3))
+    active = active.astype(jnp.float32)
     norm: Any = plgpu.load(refs["head_norm"].at[layer, head, channels]) if shape.head_norm else None
-    position: Any = plgpu.load(refs["position"].at[row]) if shape.scale == "sqrt_time" else None
-    index = plgpu.load(refs["index"].at[zero])
     phases = [plgpu.load(refs["phases"].at[layer, row, index + tap, columns]) for tap in range(taps - 1)]
     # What this group has not yet written is the last one's, and no byte of it is moved.
     for plane in (0, 1):
@@ -73,14 +75,17 @@ def decode_heads(shape: Shape, refs: Refs) -> None:
         squares = plgpu.load(view, mask=slots < index, other=0.0)
         writes = plgpu.load(refs["writes"].at[layer, row, head])
 
+    if "stream" in refs:
+        inverse = inverse_rms(refs["stream"], row, shape.width, shape.eps)
+
     def stored(name: str) -> Array:
-        return vectors[name].astype(storage).astype(jnp.float32)
+        return (vectors[name] * inverse).astype(storage).astype(jnp.float32)
 
     def gate(name: str) -> Array:
         x, bias = gates[name]
-        return jax.nn.sigmoid(x + bias)
+        return jax.nn.sigmoid(x * inverse + bias)
 
-    raw = shape.phase_scale * vectors["phases"]
+    raw = shape.phase_scale * (vectors["phases"] * inverse)
     phases.append(raw)
     keys = []
     for own in weights:
@@ -106,7 +111,7 @@ def decode_heads(shape: Shape, refs: Refs) -> None:
         plgpu.store(refs["keys"].at[layer, row, head, index, plane * m + phasors], keys[0][plane])
     plgpu.store(refs["squares"].at[layer, row, head, index], opened * opened)
     if shape.scale == "sqrt_time":
-        read *= jax.lax.rsqrt(position + 1.0)
+        read *= jax.lax.rsqrt(position.astype(jnp.uint32).astype(jnp.float32) + 1.0)
     elif shape.scale == "sqrt_writes":
         total = jnp.sum(squares, axis=0) + opened * opened
         read *= jax.lax.rsqrt(writes + total + _EPS)
@@ -126,8 +131,9 @@ def run_heads(shape: Shape, arrays: dict[str, Array], storage: Any) -> dict[str,
       shape: with ``layers`` 1.
       arrays: by name, over one layer, float32 ``head_norm``, ``read_taps``, ``write_taps``, ``write_bias``,
         ``erase_bias``; the memory ``memory``, ``writes`` and what is pending: ``phases``, ``keys``,
-        ``written``, ``squares``. ``index``: pending writes ``[1]``; ``active``: 1.0 or 0.0 ``[rows]``;
-        ``position`` in float32 ``[rows]``; ``y``: the joined maps in float32.
+        ``written``, ``squares``. ``numbers``: int32 ``[3, rows]``: pending writes, 1 for rows that read and 0
+        for others, positions as the bits of unsigned numbers; ``y``: the joined maps in float32. ``stream``,
+        if the maps are of the residual stream times the norm's weight: what is still to be normed.
       storage: dtype of the result.
 
     Returns:

@@ -59,27 +59,58 @@ def take_pairs(ref: Any, count: int, number: Array, *, interpret: bool) -> Array
 
 
 def put(
-    ref: Any, values: Array, first: Array, end: Any, number: Array, layout: Any, *, interpret: bool
+    ref: Any,
+    values: Array,
+    first: Array,
+    begin: Any,
+    end: Any,
+    number: Array,
+    layout: Any,
+    *,
+    interpret: bool,
 ) -> None:
-    """Stores rows ``first ...`` before ``end`` of a vector.
+    """Stores rows ``begin ...`` before ``end`` of a vector.
+
+    Words that lie side by side are stored side by side, by one instruction of a warp: a line that is written
+    word by word while many load it took thousands of clocks.
 
     Args:
       ref: its words.
       values: float32 that bfloat16 can hold, in ``layout``.
-      first, end: rows of the vector; of ``values`` no more than lie between them are stored.
+      first: row of the vector that ``values`` begin with.
+      begin, end: of the rows to be stored.
       number: of the words.
-      layout: one row a warp ``[4]``, or two rows a lane, the same in every warp ``[64]``.
+      layout: a row a thread, or two rows a lane, the same in every warp ``[64]``.
       interpret: see above.
     """
     if interpret:
         bits = jax.lax.bitcast_convert_type(values, jnp.int32)
         ref[pl.ds(first, values.shape[0])] = (bits & _HIGH) | number
         return
-    _stored(ref, values, first, end, number, layout, 0)
+    _stored(ref, values, first, begin, end, number, layout, 0)
+
+
+def put_plain(
+    ref: Any, values: Array, first: Array, begin: Any, end: Any, layout: Any, *, interpret: bool
+) -> None:
+    """``put`` without numbers, to a vector in bfloat16: for who reads it after the kernel."""
+    if interpret:
+        ref[pl.ds(first, values.shape[0])] = values.astype(jnp.bfloat16)
+        return
+    _stored(ref, values, first, begin, end, None, layout, 0)
 
 
 def put_pairs(
-    ref: Any, values: Array, first: Array, end: Any, number: Array, layout: Any, per: int, *, interpret: bool
+    ref: Any,
+    values: Array,
+    first: Array,
+    begin: Any,
+    end: Any,
+    number: Array,
+    layout: Any,
+    per: int,
+    *,
+    interpret: bool,
 ) -> None:
     """``put`` of float32 as pairs; ``ref`` is ``[n, PAIR_WORDS]``, each of its rows holds ``per`` of them."""
     if interpret:
@@ -87,7 +118,7 @@ def put_pairs(
         pairs = jnp.stack([bits & _HIGH, jax.lax.shift_left(bits, 16)], axis=1) | number
         ref[:, pl.ds(0, 2 * per)] = pairs.reshape(-1, 2 * per)
         return
-    _stored(ref, values, first, end, number, layout, per)
+    _stored(ref, values, first, begin, end, number, layout, per)
 
 
 def _thread() -> Any:
@@ -101,12 +132,20 @@ def _thread() -> Any:
 
 
 def _polling(loads: int, width: int, active: int) -> str:
-    """Loads until the lower halves of all words are the number; operands: words, base, number, thread."""
+    """Loads until the lower halves of all words are the number; operands: words, base, number, thread.
+
+    A warp loads one word until it has come, and only then all of its own: many warps that load whole vectors
+    over and over are in the way of the stores they wait for.
+    """
     n = loads * width
-    lines = ["{ .reg .pred p; .reg .b32 d, t, n; .reg .b64 a;", "mov.b32 n, 0;"]
+    lines = ["{ .reg .pred p; .reg .b32 d, t, n; .reg .b64 a, f;", "mov.b32 n, 0;"]
     lines += [f"mov.b32 ${k}, 0;" for k in range(n)]
     lines += [f"mul.wide.u32 a, ${n + 2}, {4 * width}; add.s64 a, a, ${n};"]
-    lines += [f"setp.ge.u32 p, ${n + 2}, {active};", "@p bra DONE;", "AGAIN:"]
+    lines += [f"setp.ge.u32 p, ${n + 2}, {active};", "@p bra DONE;"]
+    lines += [f"and.b32 t, ${n + 2}, {-_LANES}; mul.wide.u32 f, t, {4 * width}; add.s64 f, f, ${n};"]
+    lines += ["FIRST:", f"ld.relaxed.gpu.global.b32 d, [f]; xor.b32 d, d, ${n + 1}; and.b32 d, d, 65535;"]
+    lines += [f"add.u32 n, n, 1; setp.ne.u32 p, d, 0; @p setp.lt.u32 p, n, {PATIENCE};", "@p bra FIRST;"]
+    lines += ["AGAIN:"]
     for k in range(loads):
         words = ", ".join(f"${k * width + j}" for j in range(width))
         lines.append(f"ld.relaxed.gpu.global.v{width}.b32 {{{words}}}, [a+{k * _THREADS * width * 4}];")
@@ -156,43 +195,64 @@ def _polled(ref: Any, length: int, number: Array, *, active: int, pairs: bool) -
     return poll(ref, number)
 
 
-def _stored(ref: Any, values: Array, first: Array, end: Any, number: Array, layout: Any, per: int) -> None:
+def _stored(
+    ref: Any,
+    values: Array,
+    first: Array,
+    begin: Array,
+    end: Array,
+    number: Array | None,
+    layout: Any,
+    per: int,
+) -> None:
     plgpu = mosaic.pallas()
 
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, scalar, scalar, scalar))
-    def store(context: Any, words: Any, values: Any, first: Any, end: Any, number: Any) -> None:
+    given = [jnp.asarray(n, jnp.int32) for n in (first, begin, end, *([] if number is None else [number]))]
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, *[scalar] * len(given)))
+    def store(context: Any, words: Any, values: Any, *scalars: Any) -> None:
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, vector
 
         i32 = ir.IntegerType.get_signless(32)
         c = lambda value: mosaic.utils().c(value, i32)  # noqa: E731
-        equal, below = arith.CmpIPredicate.eq, arith.CmpIPredicate.ult
-        first, end, number = (scalar.registers.item() for scalar in (first, end, number))
+        below = arith.CmpIPredicate.slt
+        first, begin, end, *number = (scalar.registers.item() for scalar in scalars)
         thread, base = _thread(), mosaic.utils().memref_ptr(words)
-        warp, lane = arith.divui(thread, c(_LANES)), arith.remui(thread, c(_LANES))
-        [register] = values.registers.flat
-        [width] = ir.VectorType(register.type).shape
-        for j in range(width):
-            value = vector.extract(register, dynamic_position=[], static_position=[j])
-            bits = arith.bitcast(i32, value)
+        for n, register in enumerate(values.registers.flat):
+            [width] = ir.VectorType(register.type).shape
             if width == 1:
-                row, chosen = arith.addi(first, warp), arith.cmpi(equal, lane, c(0))
+                row = arith.addi(first, arith.addi(thread, c(n * _THREADS)))
+                chosen = arith.andi(
+                    arith.cmpi(below, row, end), arith.cmpi(arith.CmpIPredicate.sge, row, begin)
+                )
             else:
-                row = arith.addi(first, arith.addi(arith.muli(lane, c(width)), c(j)))
-                chosen = arith.cmpi(equal, warp, c(0))
-            chosen = arith.andi(chosen, arith.cmpi(below, row, end))
-            own = [arith.ori(arith.andi(bits, c(_HIGH)), number)]
+                row = arith.addi(first, arith.muli(arith.remui(thread, c(_LANES)), c(width)))
+                chosen = arith.cmpi(below, thread, c(_LANES))
+            own = []
+            for j in range(width):
+                value = vector.extract(register, dynamic_position=[], static_position=[j])
+                bits = arith.bitcast(i32, value)
+                if not number:
+                    own.append(arith.shrui(bits, c(16)))
+                    continue
+                own.append(arith.ori(arith.andi(bits, c(_HIGH)), *number))
+                if per:
+                    own.append(arith.ori(arith.shli(bits, c(16)), *number))
             at = row
             if per:
-                own.append(arith.ori(arith.shli(bits, c(16)), number))
                 within = arith.muli(arith.remui(row, c(per)), c(2))
                 at = arith.addi(arith.muli(arith.divui(row, c(per)), c(PAIR_WORDS)), within)
-            stored = "v2.b32 [a], {$3, $4}" if per else "b32 [a], $3"
+            stored = "st.relaxed.gpu.global.b32 [a], $3"
+            if len(own) == 2:
+                stored = "st.relaxed.gpu.global.v2.b32 [a], {$3, $4}"
+            elif not number:
+                stored = "st.global.b16 [a], h"
             mosaic.utils().inline_ptx(
-                "{ .reg .pred p; .reg .b64 a; setp.ne.u32 p, $2, 0; mul.wide.u32 a, $1, 4;"
-                f" add.s64 a, a, $0; @p st.relaxed.gpu.global.{stored}; }}",
+                "{ .reg .pred p; .reg .b64 a; .reg .b16 h; cvt.u16.u32 h, $3; setp.ne.u32 p, $2, 0;"
+                f" mul.wide.u32 a, $1, {4 if number else 2}; add.s64 a, a, $0; @p {stored}; }}",
                 base,
                 at,
                 arith.extui(i32, chosen),
@@ -200,4 +260,4 @@ def _stored(ref: Any, values: Array, first: Array, end: Any, number: Array, layo
                 has_side_effects=True,
             )
 
-    store(ref, values, first, jnp.asarray(end, jnp.int32), number)
+    store(ref, values, *given)

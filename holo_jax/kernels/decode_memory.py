@@ -22,7 +22,8 @@ def of_head(worker: Worker, layer: Array, head: Array) -> Any:
     own = pl.ds(head * shape.m, shape.m)
     before = shape.taps - 1
     phases = [
-        worker.load(refs["phases"].at[layer, 0, refs["index"][0] + tap, own], lanes) for tap in range(before)
+        worker.load(refs["phases"].at[layer, 0, worker.numbers.before + tap, own], lanes)
+        for tap in range(before)
     ]
     weights = [
         [worker.load(refs[name].at[layer, tap, own], lanes) for tap in range(shape.taps)]
@@ -45,10 +46,10 @@ def head(worker: Worker, layer: Array, turn: int, number: Array, loaded: Any) ->
     shape, refs, stage = worker.shape, worker.refs, worker.refs["stage"]
     load, spread, interpret = worker.load, worker.spread, worker.interpret
     m, d, size, taps = shape.m, shape.d, shape.size, shape.taps
-    _, lines, slabs, lanes = worker.layouts
+    _, lines, slabs, lanes, _ = worker.layouts
     line, channel = lines.reduce(0), slabs.reduce(0)
     head = worker.program + turn * shape.programs
-    index, own = refs["index"][0], pl.ds(head * m, m)
+    index, own = worker.numbers.before, pl.ds(head * m, m)
     phases, weights, norm, biases = loaded
     total: Any = 0.0
     if shape.scale == "sqrt_writes":
@@ -97,7 +98,7 @@ def head(worker: Worker, layer: Array, turn: int, number: Array, loaded: Any) ->
         return 1.0 / (1.0 + jnp.exp(-(stage[at] + biases[name])))
 
     of_gates = d + m + d * shape.gate
-    opened = refs["active"][0]
+    opened = worker.numbers.active.astype(jnp.float32)
     if shape.write:
         opened = opened * gate("write", of_gates)
     written = opened * rounded(load(stage.at[pl.ds(0, d)], channel))
@@ -107,7 +108,7 @@ def head(worker: Worker, layer: Array, turn: int, number: Array, loaded: Any) ->
     refs["squares"][layer, 0, head, index] = opened * opened
     read = before[1] + jnp.sum(write * read_key, axis=0) * written
     if shape.scale == "sqrt_time":
-        read = read * jax.lax.rsqrt(refs["position"][0] + 1.0)
+        read = read * jax.lax.rsqrt(worker.numbers.position.astype(jnp.uint32).astype(jnp.float32) + 1.0)
     elif shape.scale == "sqrt_writes":
         read = read * jax.lax.rsqrt(total + opened * opened + _EPS)
     stage[of_read] = read
@@ -119,4 +120,4 @@ def head(worker: Worker, layer: Array, turn: int, number: Array, loaded: Any) ->
     if shape.gate:
         read = rounded(read) * silu(rounded(load(stage.at[pl.ds(d + m, d)], line)))
     first = head * d
-    decode_mail.put(refs["z"], rounded(read), first, first + d, number, line, interpret=interpret)
+    decode_mail.put(refs["z"], rounded(read), first, first, first + d, number, line, interpret=interpret)

@@ -23,6 +23,7 @@ _SHARED_BYTES = 232448
 _SCRATCH_BYTES = 3072
 # Rows that a warpgroup multiplies at a time.
 _LEAST_ROWS = 4
+_THREADS = 128
 _LEAST_JAX = (0, 11)
 
 
@@ -57,6 +58,12 @@ def first(shape: Shape, name: str, program: Any) -> Any:
     """First row of a program's share: the last ones may be shared, which does no harm."""
     own = getattr(plan(shape), name)
     return jnp.minimum(program * own, outputs(shape, name) - own)
+
+
+def stored(shape: Shape, name: str, program: Any) -> tuple[Any, Any]:
+    """The rows that a program stores: of its share those that no program before it has."""
+    begin = program * getattr(plan(shape), name)
+    return begin, first(shape, name, program) + getattr(plan(shape), name)
 
 
 def copies(shape: Shape, name: str) -> list[tuple[int, int, int]]:
@@ -99,10 +106,15 @@ def stage(shape: Shape) -> int:
     return _MAPS + 4 * shape.m + shape.d + 2 * shape.size
 
 
+def share(shape: Shape) -> int:
+    """Results of a product in one program, as many as a warpgroup has threads or a multiple of them."""
+    return -(-max(getattr(plan(shape), name) for name in PRODUCTS) // _THREADS) * _THREADS
+
+
 def shared_bytes(shape: Shape) -> int:
     """What a program keeps in shared memory, in whole kilobytes each, and what the compiler adds."""
     sizes = [2 * math.prod(room(shape, name)) for name in PRODUCTS]
-    sizes += [2 * shape.width, 2 * max(shape.values, shape.hidden), 4 * stage(shape)]
+    sizes += [2 * shape.width, 2 * max(shape.values, shape.hidden), 4 * stage(shape), 4 * share(shape)]
     sizes += [8 * shape.m * shape.d, 8 * shape.size * shape.m, 4 * shape.size * shape.d]
     return sum(-(-size // 1024) * 1024 for size in sizes) + _SCRATCH_BYTES
 

@@ -104,8 +104,8 @@ def fetch(shape: Shape, refs: Refs) -> None:
 def compute(shape: Shape, refs: Refs) -> None:
     """A warpgroup that computes: its walk through the layers."""
     worker = Worker(shape, refs)
-    interpret, one = shape.interpret, worker.layouts.rows.reduce(1)
-    base = first_number(shape, refs["launch"][0])
+    interpret, threads = shape.interpret, worker.layouts.threads
+    base = first_number(shape, worker.numbers.launch)
 
     def norm(name: str, layer: Array) -> list[Array]:
         return worker.pieces(refs[name].at[layer], shape.width)
@@ -113,39 +113,49 @@ def compute(shape: Shape, refs: Refs) -> None:
     def body(layer: Array, scale: list[Array]) -> list[Array]:
         number, following = (base + layer) & 0xFFFF, (base + layer + 1) & 0xFFFF
 
-        def maps(found: list[Array], _: Any, first: Array, end: Array) -> None:
-            per = worker.plan.per_head
-            decode_mail.put_pairs(refs["y"], found[0], first, end, number, one, per, interpret=interpret)
+        def maps(found: list[Array], _: Any) -> Array:
+            return found[0]
 
-        def gated(found: list[Array], _: Any, first: Array, end: Array) -> None:
+        def gated(found: list[Array], _: Any) -> Array:
             up, gate = (rounded(y) for y in found)
-            decode_mail.put(refs["u"], rounded(silu(gate) * up), first, end, number, one, interpret=interpret)
+            return rounded(silu(gate) * up)
 
-        def added(target: str, number: Array) -> Any:
-            def finish(found: list[Array], before: Array, first: Array, end: Array) -> None:
-                total = rounded(before + rounded(found[0]))
-                decode_mail.put(refs[target], total, first, end, number, one, interpret=interpret)
+        def added(found: list[Array], before: Array) -> Array:
+            return rounded(before + rounded(found[0]))
 
-            return finish
+        def put_maps(values: Array, first: Array, begin: Array, end: Array) -> None:
+            per = worker.plan.per_head
+            rows = (first, begin, end, number, threads, per)
+            decode_mail.put_pairs(refs["y"], values, *rows, interpret=interpret)
+
+        def put(target: str, number: Array) -> Any:
+            def to(values: Array, first: Array, begin: Array, end: Array) -> None:
+                rows = (first, begin, end, number, threads)
+                decode_mail.put(refs[target], values, *rows, interpret=interpret)
+
+            return to
 
         def small() -> list[Any]:
             return [of_head(worker, layer, worker.program + n * shape.programs) for n in range(turns(shape))]
 
-        loaded = worker.product("maps", "x", number, maps, scale=scale, beside=small)
+        loaded = worker.product("maps", "x", number, maps, put_maps, scale=scale, beside=small)
         for turn, own in enumerate(loaded):
             here = (worker.program + turn * shape.programs < shape.heads) & (worker.group == 0)
             pl.when(here)(partial(head, worker, layer, turn, number, own))
-        scale = worker.product(
-            "out", "z", number, added("x1", number), beside=lambda: norm("mlp_norm", layer)
-        )
-        worker.product("up", "x1", number, gated, scale=scale)
+
+        def put_stream(values: Array, first: Array, begin: Array, end: Array) -> None:
+            rows, last = (values, first, begin, end), layer == shape.layers - 1
+            pl.when(~last)(lambda: put("x", following)(*rows))
+            pl.when(last & (worker.numbers.active != 0))(
+                lambda: decode_mail.put_plain(refs["hidden"], *rows, threads, interpret=interpret)
+            )
+
+        to = put("x1", number)
+        scale = worker.product("out", "z", number, added, to, beside=lambda: norm("mlp_norm", layer))
+        worker.product("up", "x1", number, gated, put("u", number), scale=scale)
         after = jnp.minimum(layer + 1, shape.layers - 1)
         return worker.product(
-            "down",
-            "u",
-            number,
-            added("x", following),
-            beside=lambda: norm("mixer_norm", after),
+            "down", "u", number, added, put_stream, beside=lambda: norm("mixer_norm", after)
         )
 
     jax.lax.fori_loop(0, shape.layers, body, norm("mixer_norm", jnp.int32(0)))
@@ -178,21 +188,21 @@ def run(shape: Shape, arrays: dict[str, Array]) -> dict[str, Array]:
       arrays: by name. Stacked over layers ``maps`` in the order of ``decode_plan.rows_by_head``, ``out``,
         ``up`` (up and gate), ``down`` in bfloat16, ``[out, in]``; float32 ``mixer_norm``, ``mlp_norm``,
         ``head_norm``, ``read_taps``, ``write_taps``, ``write_bias``, ``erase_bias``; the memory ``memory``,
-        ``writes`` and what is pending: ``phases``, ``keys``, ``written``, ``squares``. ``index``: pending
-        writes ``[1]``; ``active``: 1.0 or 0.0 ``[1]``; ``position`` in float32 ``[1]``. ``x``: the residual
-        stream ``[1, width]`` in bfloat16. ``mail``'s arrays from the launch before, and ``launch`` ``[1]``,
-        how many have been.
+        ``writes`` and what is pending: ``phases``, ``keys``, ``written``, ``squares``. ``numbers``: see
+        ``decode_worker.Numbers``. ``x``: the residual stream ``[1, width]`` in bfloat16; ``hidden``: the same
+        after the last layer, of the last token that was read. ``mail``'s arrays from the launch before.
 
     Returns:
-      ``x``, what is pending, and ``mail``'s arrays, after the token.
+      ``hidden``, what is pending, and ``mail``'s arrays, after the token.
     """
     plgpu = mosaic.pallas()
 
-    arrays = {**arrays, "x": decode_mail.numbered(arrays["x"][0], first_number(shape, arrays["launch"][0]))}
+    arrays = {**arrays, "x": decode_mail.numbered(arrays["x"][0], first_number(shape, arrays["numbers"][3]))}
+    arrays["hidden"] = arrays["hidden"][0]
     for name in PRODUCTS:
         layers, outputs, depth = arrays[name].shape
         arrays[name] = arrays[name].reshape(layers, outputs, depth // CHUNK, CHUNK)
-    changed = ("x", *_MAIL, *_PENDING)
+    changed = ("x", "hidden", *_MAIL, *_PENDING)
     fixed = {name: array for name, array in arrays.items() if name not in changed}
     states = {name: jax.new_ref(arrays[name]) for name in changed}
     groups = decode_plan.plan(shape).groups
@@ -204,6 +214,7 @@ def run(shape: Shape, arrays: dict[str, Array]) -> dict[str, Array]:
         scratch[f"{name}_room"] = plgpu.SMEM(arrays[name].shape[3:], jnp.float32)
     scratch["narrow"] = plgpu.SMEM((shape.width,), jnp.bfloat16)
     scratch["wide"] = plgpu.SMEM((max(shape.values, shape.hidden),), jnp.bfloat16)
+    scratch["share"] = plgpu.SMEM((decode_plan.share(shape),), jnp.float32)
     scratch["stage"] = plgpu.SMEM((decode_plan.stage(shape),), jnp.float32)
     scratch["head_come"] = plgpu.Barrier(num_barriers=3 * turns(shape))
     scratch["head_free"] = plgpu.Barrier()
@@ -226,4 +237,4 @@ def run(shape: Shape, arrays: dict[str, Array]) -> dict[str, Array]:
         interpret=plgpu.InterpretGPUParams() if shape.interpret else False,
     )(*fixed.values(), *states.values())
     found = {name: jax.freeze(ref) for name, ref in states.items()}
-    return {**found, "x": decode_mail.data(found["x"])[None]}
+    return {**found, "hidden": found["hidden"][None]}

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from holo_jax.array_types import Array
@@ -27,12 +28,14 @@ class Layouts(NamedTuple):
       lines: ``[4 n, 64]``, a row in one warp.
       slabs: ``[4 n, 64]``, a column in one warp.
       lanes: ``[32]``, the same in every warp.
+      threads: ``[128 n]``, a number a thread.
     """
 
     rows: Any
     lines: Any
     slabs: Any
     lanes: Any
+    threads: Any
 
 
 def layouts() -> Layouts:
@@ -47,7 +50,24 @@ def layouts() -> Layouts:
         lines=tiled(((4, 64), (2,)), (-3,), (-2,)),
         slabs=tiled(((4, 64), (4, 16), (2,)), (-4,), (-3, -2)),
         lanes=tiled(((32,), (1,)), (plgpu.Replicated(4),), (-2,)),
+        threads=tiled(((128,), (32,), (1,)), (-3,), (-2,)),
     )
+
+
+class Numbers(NamedTuple):
+    """Of a token, int32.
+
+    Attributes:
+      before: tokens of the group before it.
+      active: 1 if the row reads it, else 0.
+      position: tokens that the row has read, as the bits of an unsigned number.
+      launch: launches of the kernel before, modulo 2^32.
+    """
+
+    before: Array
+    active: Array
+    position: Array
+    launch: Array
 
 
 class Worker:
@@ -57,12 +77,44 @@ class Worker:
         self.shape, self.refs, self.interpret = shape, refs, shape.interpret
         self.plan, self.layouts = decode_plan.plan(shape), layouts()
         self.group, self.program = jax.lax.axis_index("group"), jax.lax.axis_index("program")
+        self.numbers = Numbers(*(refs["numbers"][n] for n in range(4)))
 
     def load(self, ref: Any, layout: Any) -> Array:
         """A block in a layout."""
         plgpu = mosaic.pallas()
 
         return ref[...] if self.interpret else plgpu.load(ref, layout=layout, optimized=False)
+
+    def widened(self, x: Array, layout: Any) -> Array:
+        """Float32 of bfloat16 by halves of words: one instruction a number, where the compiler takes two."""
+        if self.interpret:
+            return x.astype(jnp.float32)
+        plgpu = mosaic.pallas()
+
+        @plgpu.inline_mgpu(
+            arg_types=(layout,), return_type=plgpu.ShapeDtypeStruct(x.shape, jnp.float32, layout=layout)
+        )
+        def widen(context: Any, x: Any) -> Any:
+            from jaxlib.mlir import ir
+            from jaxlib.mlir.dialects import arith, vector
+
+            i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+            high, half = (mosaic.utils().c(value, i32) for value in (-(1 << 16), 16))
+            registers = np.empty(x.registers.shape, dtype=object)
+            for place, register in np.ndenumerate(x.registers):
+                [count] = ir.VectorType(register.type).shape
+                words = vector.bitcast(ir.VectorType.get((count // 2,), i32), register)
+                numbers = []
+                for n in range(count // 2):
+                    word = vector.extract(words, dynamic_position=[], static_position=[n])
+                    numbers += [arith.shli(word, half), arith.andi(word, high)]
+                numbers = [arith.bitcast(f32, bits) for bits in numbers]
+                registers[place] = vector.from_elements(ir.VectorType.get((count,), f32), numbers)
+            return mosaic.fragments().FragmentedArray(
+                _registers=registers, _layout=layout.to_mgpu(), _is_signed=None
+            )
+
+        return widen(x)
 
     def spread(self, x: Array, shape: tuple[int, int], axis: int, layout: Any) -> Array:
         """A vector along one axis of a block, the same along the other."""
@@ -100,7 +152,7 @@ class Worker:
         """A vector in float32, the same in every warp."""
         rows = self.layouts.rows.reduce(0)
         found = [self.load(ref.at[pl.ds(n, CHUNK)], rows) for n in range(0, depth, CHUNK)]
-        return [x.astype(jnp.float32) for x in found]
+        return [self.widened(x, rows) if x.dtype == jnp.bfloat16 else x for x in found]
 
     def product(
         self,
@@ -108,18 +160,20 @@ class Worker:
         source: str,
         number: Array,
         finish: Any,
+        put: Any,
         *,
         scale: list[Array] | None = None,
         beside: Any = lambda: None,
     ) -> Any:
-        """Waits for a vector, multiplies this group's rows by it, and gives their room back.
+        """Waits for a vector, multiplies this group's rows by it, gives their room back, stores the results.
 
         Args:
           name: of the product.
           source: the vector.
           number: of the vector's words.
-          finish: gets the float32 sums of four rows (of ``up`` those of the gate too), the same rows of the
-            residual stream for ``out`` and ``down``, the first row and the end of the share.
+          finish: makes results of the float32 sums of four rows (of ``up`` those of the gate too) and the
+            same rows of the residual stream for ``out`` and ``down``.
+          put: stores the program's share; called with it, its first row, and those that are this program's.
           scale: the weight of the norm of the vector, if it is normed.
           beside: loads to begin once the vector has come, for later.
 
@@ -134,15 +188,14 @@ class Worker:
         depth, halves = decode_plan.depth(shape, name), 2 if name == "up" else 1
         tile = own if interpret else _TILE
         tiles = pl.cdiv(pl.cdiv(own, tile), plan.groups)
-        # The last group begins early, so that it ends with the share; what is made twice is stored twice.
-        start = jnp.minimum(self.group * tiles * tile, max(own - tiles * tile, 0))
+        # The last tiles begin early, so that they end with the share; what is made twice is the same.
+        starts = [jnp.minimum((self.group * tiles + n) * tile, own - tile) for n in range(tiles)]
         first = decode_plan.first(shape, name, self.program)
-        end = first + own
         # The stream is where the maps, or the gated layer, had it.
         added = name in ("out", "down")
         old = [
-            self.load(refs["narrow"].at[pl.ds(first + start + n * tile, tile)], rows.reduce(1))
-            for n in range(tiles if added else 0)
+            self.load(refs["narrow"].at[pl.ds(first + start, tile)], rows.reduce(1))
+            for start in (starts if added else ())
         ]
         stage = refs["narrow" if name in ("maps", "up") else "wide"]
         part = pl.cdiv(depth // CHUNK, plan.groups) * CHUNK
@@ -160,20 +213,28 @@ class Worker:
                 squares = plus(squares, x * x)
                 x = x * scale[chunk]
             wide = self.spread(x, (tile, CHUNK), 1, rows)
-            for n, total in enumerate(sums):
+            for start, total in zip(starts, sums, strict=True):
                 for half in range(halves):
-                    room = refs[f"{name}_room"].at[half, pl.ds(start + n * tile, tile), chunk]
-                    weights = self.load(room, rows).astype(jnp.float32)
+                    room = refs[f"{name}_room"].at[half, pl.ds(start, tile), chunk]
+                    weights = self.widened(self.load(room, rows), rows)
                     total[half] = plus(total[half], weights * wide)
         inverse: Any = None
         if scale is not None:
             inverse = jax.lax.rsqrt(jnp.sum(squares, axis=0) * (1.0 / depth) + shape.eps)
         plgpu.barrier_arrive(refs["free"].at[PRODUCTS.index(name)])
+        share = refs["share"]
         for n, total in enumerate(sums):
             found = [jnp.sum(y, axis=1) for y in total]
             if inverse is not None:
                 found = [y * inverse for y in found]
-            finish(found, old[n].astype(jnp.float32) if added else None, first + start + n * tile, end)
+            result = finish(found, old[n].astype(jnp.float32) if added else None)
+            share[pl.ds(starts[n], tile)] = result
+        self.meet(plan.groups)
+        begin, end = decode_plan.stored(shape, name, self.program)
+        if interpret:
+            put(share[pl.ds(0, own)], first, begin, end)
+        else:
+            pl.when(self.group == 0)(lambda: put(self.load(share, self.layouts.threads), first, begin, end))
         return later
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from holo_jax.functional.memory.state import compensated_add
 from holo_jax.generate import stepping
-from holo_jax.kernels import decode_join, decode_plan, decode_products, decode_shape
+from holo_jax.kernels import decode_gate, decode_join, decode_plan, decode_products, decode_shape
 from holo_jax.precision import FULL, MIXED
 from tests.holo_jax.models import variant_config
 
@@ -46,6 +46,21 @@ def test_products_are_norm_product_and_what_follows(rows: int, dtype: str) -> No
         assert error < tolerance, name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_gate_norms_what_its_maps_were_made_of(dtype: str) -> None:
+    """Rows and columns that no block divides; against float64 of what is given."""
+    x = jnp.asarray(draw(3, WIDTH), dtype)
+    y = jnp.asarray(draw(3, 2 * OUTPUTS, scale=2.0), jnp.float32)
+    wide = np.asarray(x, np.float64)
+    normed = np.asarray(y, np.float64) / np.sqrt(np.square(wide).mean(1, keepdims=True) + 1e-6)
+    up, gate = normed[:, :OUTPUTS], normed[:, OUTPUTS:]
+    found = decode_gate.gated(y, x, eps=1e-6, interpret=True)
+    assert found.dtype == x.dtype
+    wanted = gate / (1 + np.exp(-gate)) * up
+    error = np.abs(np.asarray(found, np.float64) - wanted).max() / np.abs(wanted).max()
+    assert error < (2e-6 if dtype == "float32" else 1e-2)
+
+
 def test_a_group_joins_as_the_compensated_sum_adds() -> None:
     """What lies past the group is not read: it is not a number here."""
     size, room = 3, 4
@@ -80,8 +95,10 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     monkeypatch.setattr(decode_shape, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(decode_shape, "multiprocessors", lambda: 132)
     products, heads = stepping.Form(heads=True, products=True), stepping.Form(heads=True)
-    assert stepping.choose(wide, 1) == stepping.choose(narrow, 4) == products
-    assert stepping.choose(narrow, 5) == stepping.choose(narrow, 16) == heads
+    folded = heads._replace(folded=True)
+    assert stepping.choose(wide, 1) == products
+    assert stepping.choose(narrow, 2) == stepping.choose(narrow, 16) == stepping.choose(wide, 4) == folded
+    assert stepping.choose(narrow, 17) == stepping.choose(narrow.replace(norm="layernorm"), 2) == heads
     assert stepping.choose(narrow, 256) == heads._replace(cublas=True)
     assert stepping.choose(narrow.replace(precision=FULL), 2) == heads
     assert stepping.choose(narrow.replace(hidden_size=1000), 1) == stepping.PORTABLE
@@ -90,4 +107,4 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     monkeypatch.setattr(decode_plan, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     assert stepping.choose(narrow, 1) == stepping.Form(stacked=True, programs=132)
-    assert stepping.choose(narrow, 2) == stepping.choose(wide, 1) == products
+    assert stepping.choose(narrow, 2) == folded and stepping.choose(wide, 1) == products

@@ -38,6 +38,8 @@ def test_every_row_has_a_program_and_every_map_a_place() -> None:
         own, outputs = getattr(plan, name), decode_plan.outputs(shape, name)
         first = np.asarray(decode_plan.first(shape, name, np.arange(shape.programs)))
         assert set((first[:, None] + np.arange(own)).ravel()) == set(range(outputs))
+        mine = [range(*decode_plan.stored(shape, name, program)) for program in range(shape.programs)]
+        assert [row for rows in mine for row in rows] == list(range(outputs))
         copied = [(half, row + n) for half, row, rows in decode_plan.copies(shape, name) for n in range(rows)]
         assert copied == [(half, row) for half in range(1 + (name == "up")) for row in range(own)]
     rows = np.asarray(decode_plan.rows_by_head(shape)).reshape(shape.heads, plan.per_head)
@@ -56,7 +58,7 @@ def test_every_row_has_a_program_and_every_map_a_place() -> None:
         (dict(m=64), "a head has 64 phasors and 64 channels; it must have 32 and 64"),
         (dict(hidden=256), "the product up has 256 rows; it must have at least 397"),
         (dict(hidden=2700), "the product down sums over 2700 columns; it must be a multiple of 256"),
-        (dict(width=2048), "a program's weights of a layer take 424960 bytes; it can hold 232448"),
+        (dict(width=2048), "a program's weights of a layer take 425984 bytes; it can hold 232448"),
     ],
     ids=["rows", "phasors", "share", "columns", "memory"],
 )

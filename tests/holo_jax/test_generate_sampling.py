@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from holo_jax.generate.sampling import Sampling, filter_sorted, sample
+from holo_jax.generate.sampling import Sampling, draw, filter_sorted, row_keys, sample
 
 P = np.array([0.5, 0.25, 0.15, 0.08, 0.02])
 LOGITS = jnp.log(jnp.asarray([P], jnp.float32))
@@ -88,6 +88,26 @@ def test_noise_is_a_function_of_seed_and_position_alone() -> None:
     assert ids[0] == ids[3] and len({*ids[:3].tolist()}) == 3
     alone = sample(logits[:1], Sampling().numbers, seeds[1:2], positions[1:2], plan=plan)
     assert alone[0] == ids[1]
+
+
+def test_a_draw_is_argmax_and_looks_at_flags_on_the_way() -> None:
+    """The lower of equal scores, what is not a number before all others; flags of each row by themselves."""
+    logits = jnp.array([[1.0, 3.0, 3.0, 2.0], [0.0, jnp.nan, 5.0, jnp.nan], [2.0, 1.0, -jnp.inf, 2.0]])
+    plan = Sampling(temperature=0.0).plan
+    keys = row_keys(jnp.zeros(3, jnp.uint32), jnp.zeros(3, jnp.uint32))
+    ids, checks = draw(logits, Sampling().numbers, keys, checked=jnp.isfinite(logits), plan=plan)
+    np.testing.assert_array_equal(ids, jnp.argmax(logits, axis=-1))
+    np.testing.assert_array_equal(ids, [1, 1, 0])
+    np.testing.assert_array_equal(checks, [True, False, False])
+    assert ids.dtype == jnp.int32
+
+
+def test_keys_of_many_positions_are_those_of_each() -> None:
+    seeds, positions = jnp.array([7, 8], jnp.uint32), jnp.array([[3, 4], [5, 2**32 - 1]], jnp.uint32)
+    keys = row_keys(seeds, positions)
+    for n in range(2):
+        np.testing.assert_array_equal(keys[n], row_keys(seeds, positions[n]))
+    assert len({tuple(key) for key in np.asarray(keys).reshape(4, 2).tolist()}) == 4
 
 
 def test_forbidden_tokens_are_never_drawn() -> None:

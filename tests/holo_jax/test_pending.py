@@ -12,8 +12,9 @@ from holo_jax import functional
 from holo_jax.config import HoloConfig
 from holo_jax.functional import MemoryState, init_memory
 from holo_jax.generate import Sampling, decoding, decoding_form, init_state, pending, prefill, stack
+from holo_jax.generate.counts import Counts, unpacked
 from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, loop_state
-from holo_jax.generate.forms import is_split
+from holo_jax.generate.forms import is_split, owned
 from holo_jax.generate.pending import Token
 from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, step
 from holo_jax.kernels import decode_plan, decode_products, decode_shape
@@ -121,8 +122,9 @@ def small(**changes: object) -> HoloConfig:
     [
         (Form(heads=True, interpret=True), dict(erase=False, num_hidden_layers=1)),
         (Form(heads=True, products=True, interpret=True), {}),
+        (Form(heads=True, folded=True, interpret=True), {}),
     ],
-    ids=["heads-of-a-sum", "products"],
+    ids=["heads-of-a-sum", "products", "folded"],
 )
 def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict, monkeypatch) -> None:
     """Tokens, logits and state of a block of two groups in which one row ends, in Pallas' interpreter."""
@@ -150,6 +152,46 @@ def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict, monk
         results.append((tokens, after.logits, stacked_layers(layers)))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), *results)
     assert (np.asarray(results[0][0])[1, 3:] == -1).all()
+
+
+def test_counts_are_one_array_and_back() -> None:
+    """A position past 2^31 too."""
+    position = jnp.array([0, 2**32 - 5], jnp.uint32)
+    given = Counts(position, jnp.array([3, -1]), jnp.array([True, False]), jnp.arange(6).reshape(3, 2))
+    assert given.packed().shape == (6, 2) and given.packed().dtype == jnp.int32
+    for before, after in zip(given, unpacked(given.packed()), strict=True):
+        assert before.dtype == after.dtype
+        np.testing.assert_array_equal(before, after)
+
+
+def test_a_row_that_reads_nothing_keeps_state_and_logits() -> None:
+    """Beside one that reads in the same block, and reads what it reads alone."""
+    config = small(num_hidden_layers=1)
+    model = decoding_form(build(config))
+    graphdef, params = nnx.split(model, nnx.Param)
+    start = prefill(model, [[3, 1, 4], [2, 7]])
+    plan, seeds = Sampling().plan, jnp.arange(2, dtype=jnp.uint32)
+    inputs = DecodingInputs(
+        Sampling().numbers, seeds, jnp.full((4,), -1, jnp.int32), jnp.int32(config.vocab_size)
+    )
+
+    def run(remaining: list[int]) -> tuple:
+        state = loop_state(config, start.state)
+        begin = owned(params, Decoding(start.logits, state, jnp.asarray(remaining), None))
+        after, tokens, finite = decode_block(graphdef, params, begin, inputs, steps=5, plan=plan)
+        assert finite
+        return after, np.asarray(tokens)
+
+    before, _ = run([0, 0])
+    after, tokens = run([0, 5])
+    both, all_tokens = run([5, 5])
+    assert (tokens[0] == -1).all() and (tokens[1] == all_tokens[1]).all()
+    np.testing.assert_array_equal(after.logits[0], start.logits[0])
+    np.testing.assert_array_equal(before.logits, start.logits)
+    np.testing.assert_array_equal(after.logits[1], both.logits[1])
+    rows = lambda x, row: jax.tree.map(lambda leaf: np.asarray(leaf[row]), x.state.layers)  # noqa: E731
+    jax.tree.map(np.testing.assert_array_equal, rows(after, 0), rows(before, 0))
+    jax.tree.map(np.testing.assert_array_equal, rows(after, 1), rows(both, 1))
 
 
 def test_a_state_in_fewer_bits_goes_through_the_recurrence_in_every_form() -> None:
