@@ -447,7 +447,7 @@ def _remat(body: Any, policy: str, *, looped: bool) -> Any:
     # What a kernel made is kept like a product: computing it twice costs a kernel.
     saved = policies.save_from_both_policies(
         policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, _made_by_a_kernel),
-        policies.save_only_these_names(kernels.READ_NAME, GATHERED_NAME),
+        policies.save_only_these_names(kernels.READ_NAME, kernels.SCALED_NAME, GATHERED_NAME),
     )
     return jax.checkpoint(body, policy=saved, prevent_cse=not looped)
 

@@ -15,7 +15,7 @@ from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
 from holo_jax.functional import accumulate_parts as _parts
 from holo_jax.kernels import block, capability, ensemble, hopper, hopper_parts, triton, triton_positions
-from holo_jax.kernels.call import READ_NAME, Call
+from holo_jax.kernels.call import READ_NAME, SCALED_NAME, Call
 from holo_jax.kernels.capability import BackendUnavailableError
 from holo_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from holo_jax.kernels.phasor_features import phasor_features, sin_cos
@@ -26,6 +26,7 @@ __all__ = [
     "AUTOMATIC",
     "BACKENDS",
     "READ_NAME",
+    "SCALED_NAME",
     "Backend",
     "BackendUnavailableError",
     "Positions",

@@ -13,9 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.kernels import triton, triton_gated_norm, triton_gelu, triton_norm, triton_phases, triton_writes
+from holo_jax.kernels.call import SCALED_NAME
 from holo_jax.kernels.capability import compute_capability, partitioned
 from holo_jax.kernels.triton_norm import Norm
 from holo_jax.kernels.triton_phases import Walk
@@ -305,26 +307,30 @@ _gated_product.defvjp(_gated_product_forward, _gated_product_backward)
 def scaled_heads(values: Float[Array, "b t h d"], factors: Float[Array, "b t h"]) -> Float[Array, "b t h d"]:
     """Values times one float32 factor a head, in the dtype of the values; one pass for both gradients.
 
-    The product itself is left to the compiler, so that a rematerialised block makes it again.
+    The result is named for rematerialisation policies (``SCALED_NAME``) and is all that going back needs: the
+    gradient of a factor is ``sum(d_result * result) / factor``, and 0 where the factor is. So a block keeps
+    the result in place of the values, and makes neither again.
     """
     return _scaled_heads(_interpreted(), values, factors)
 
 
 def _scaled_heads_run(interpret: bool, values: Array, factors: Array) -> Array:
     del interpret
-    return (values.astype(jnp.float32) * factors[..., None]).astype(values.dtype)
+    scaled = (values.astype(jnp.float32) * factors[..., None]).astype(values.dtype)
+    return checkpoint_name(scaled, SCALED_NAME)
 
 
 def _scaled_heads_forward(interpret: bool, values: Array, factors: Array) -> tuple[Array, Any]:
-    return _scaled_heads_run(interpret, values, factors), (values, factors)
+    scaled = _scaled_heads_run(interpret, values, factors)
+    return scaled, (scaled, factors)
 
 
 def _scaled_heads_backward(interpret: bool, saved: Any, cotangent: Array) -> Any:
-    values, factors = saved
+    scaled, factors = saved
     tokens = factors.shape[0] * factors.shape[1]
-    wide = (x.reshape(tokens, -1) for x in (values, factors, cotangent))
+    wide = (x.reshape(tokens, -1) for x in (scaled, factors, cotangent))
     d_values, d_factors = triton_gated_norm.scale_backward(*wide, interpret=interpret)
-    return d_values.reshape(values.shape), d_factors.reshape(factors.shape)
+    return d_values.reshape(scaled.shape), d_factors.reshape(factors.shape)
 
 
 _scaled_heads = _op(_scaled_heads_run)

@@ -10,6 +10,7 @@ from holo_jax.functional.segments import run_index
 
 # What the kernels call their results, for rematerialisation policies.
 READ_NAME = "memory_read"
+SCALED_NAME = "scaled_values"
 
 
 class Call(NamedTuple):

@@ -133,26 +133,28 @@ def backward(norm: Norm, inputs: dict[str, Array], cotangent: Array) -> dict[str
 
 
 def scale_backward(
-    values: Array, factors: Array, cotangent: Array, *, interpret: bool
+    scaled: Array, factors: Array, cotangent: Array, *, interpret: bool
 ) -> tuple[Array, Array]:
-    """Gradients of values ``[n, h d]`` and of float32 factors ``[n, h]`` from that of their product."""
-    (n, heads), width = factors.shape, values.shape[1] // factors.shape[1]
+    """Gradients of values and of float32 factors ``[n, h]``, from their product ``[n, h d]`` and its own."""
+    (n, heads), width = factors.shape, scaled.shape[1] // factors.shape[1]
     tokens = tokens_of(n, _FORWARD_TOKENS)
     rows = min(_ROWS, tokens)
-    inputs = {"values": values, "factors": factors, "cotangent": cotangent}
+    inputs = {"scaled": scaled, "factors": factors, "cotangent": cotangent}
 
     def scale_heads_backward(ins: dict[str, Any], outs: dict[str, Any]) -> None:
         def step(index: Array, _: None) -> None:
             at = (pl.ds(index * rows, rows), slice(None))
             given = ins["cotangent"][at].astype(jnp.float32)
-            outs["d_values"][at] = (given * ins["factors"][at[0], 0][:, None]).astype(values.dtype)
-            product = given * ins["values"][at].astype(jnp.float32)
-            outs["d_factors"][at[0], 0] = jnp.sum(product, axis=1)
+            factors = ins["factors"][at[0], 0]
+            outs["d_values"][at] = (given * factors[:, None]).astype(scaled.dtype)
+            product = jnp.sum(given * ins["scaled"][at].astype(jnp.float32), axis=1)
+            none = factors == 0.0
+            outs["d_factors"][at[0], 0] = jnp.where(none, 0.0, product / jnp.where(none, 1.0, factors))
 
         jax.lax.fori_loop(0, tokens // rows, step, None)
 
     shapes = {
-        "d_values": jax.ShapeDtypeStruct(values.shape, values.dtype),
+        "d_values": jax.ShapeDtypeStruct(scaled.shape, scaled.dtype),
         "d_factors": jax.ShapeDtypeStruct((n, heads), jnp.float32),
     }
     found = pl.pallas_call(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.ad_checkpoint import saved_residuals
 
 from eval.common import Reporter
 from eval.speed_parts import block_gate
@@ -16,7 +17,7 @@ from holo_jax.functional import accumulate
 from holo_jax.kernels import hopper, triton
 from holo_jax.kernels.block import uses
 from holo_jax.mixers import fused_memory
-from holo_jax.model import HoloForCausalLM
+from holo_jax.model import HoloForCausalLM, _remat
 from holo_jax.precision import FULL
 
 pytestmark = pytest.mark.slow
@@ -112,6 +113,28 @@ def test_a_model_is_the_same(interpreted, changes):
     assert bool(interpreted) == (preset == "holo")
     for x, y in zip(jax.tree.leaves(found["auto"]), jax.tree.leaves(found["portable"]), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5 + 1e-4 * float(jnp.max(jnp.abs(y))))
+
+
+def test_scaled_values_are_kept_in_place_of_values(interpreted):
+    """Going back needs the product of values and factors alone, a factor of 0 included."""
+    values = jax.random.normal(jax.random.key(0), (1, 64, 2, 16))
+    factors = jnp.abs(jax.random.normal(jax.random.key(1), (1, 64, 2))).at[0, 3].set(0.0)
+
+    def loss(values, factors):
+        return jnp.sum(jnp.sin(kernels.block.scaled_heads(values, factors)))
+
+    def body(values, factors):
+        return jnp.sin(kernels.block.scaled_heads(2.0 * values, factors))
+
+    found = jax.grad(loss, (0, 1))(values, factors)
+    scaled = values * factors[..., None]
+    np.testing.assert_allclose(found[0], jnp.cos(scaled) * factors[..., None], rtol=1e-5, atol=1e-6)
+    wanted = jnp.sum(jnp.cos(scaled) * values, axis=-1).at[0, 3].set(0.0)
+    np.testing.assert_allclose(found[1], wanted, rtol=1e-4, atol=1e-5)
+    body = _remat(body, "dots", looped=False)
+    residuals = saved_residuals(body, values, factors)
+    kept = [aval.shape for aval, source in residuals if "argument" not in source]
+    assert kept == [scaled.shape]
 
 
 def test_what_a_backend_may_use():
