@@ -7,12 +7,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from holo_jax import kernels
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.config import HoloConfig
 from holo_jax.functional.gradient_once import gradient_once
 from holo_jax.parallel import (
+    DATA,
     PARAMETER_AXES,
     TENSOR,
     ambient_mesh,
@@ -300,14 +302,19 @@ class Denoiser(nnx.Module):
         return summed_over_tensor(kernels.swiglu(x, *weights, backend=self.backend))
 
 
-def lookup(table: Float[Array, "v e"], ids: Int[Array, "b t"], dtype: str) -> Float[Array, "b t e"]:
-    """Rows of an embedding table in ``dtype``; on a mesh each device looks in its part of the vocabulary."""
+def lookup(
+    table: Float[Array, "v e"] | Float[Array, "n v e"], ids: Int[Array, "b t"], dtype: str
+) -> Float[Array, "b t e"]:
+    """Rows of an embedding table in ``dtype``; on a mesh each device looks in its part of the vocabulary.
 
-    axes = ("vocab", "embed")
+    The table may be given once a device (``holo_jax.parallel.summed_meanwhile``).
+    """
+
+    axes, each = ("vocab", "embed"), table.ndim == 3
 
     def own(table: Array, ids: Array) -> Array:
         axis = tensor_axis()
-        table = whole(table, axes, dtype)
+        table = whole(table[0] if each else table, axes, dtype)
         if axis is None:
             return table[ids].astype(dtype)
         ids = ids - lax.axis_index(axis) * table.shape[0]
@@ -315,7 +322,8 @@ def lookup(table: Float[Array, "v e"], ids: Int[Array, "b t"], dtype: str) -> Fl
         found = table[jnp.where(here, ids, 0)].astype(dtype)
         return summed_over_tensor(jnp.where(here[..., None], found, jnp.zeros((), dtype)))
 
-    return sharded(own, (parameter_layout(axes), layout("b t")), layout("b t"))(table, ids)
+    at = P(DATA) if each else parameter_layout(axes)
+    return sharded(own, (at, layout("b t")), layout("b t"))(table, ids)
 
 
 def residual_std(config: HoloConfig, fan_in: int) -> float:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from holo_jax import kernels
 from holo_jax.array_types import Array, Float, Int, UInt32
@@ -24,6 +25,7 @@ from holo_jax.layers import (
 from holo_jax.mixers import MIXERS, Context, fused_memory
 from holo_jax.mixers.memory import MemoryMixer
 from holo_jax.parallel import (
+    DATA,
     GATHERED_NAME,
     SEQ,
     ambient_mesh,
@@ -32,9 +34,12 @@ from holo_jax.parallel import (
     constrain,
     divides_tokens,
     gathering_again,
+    known_together,
     layout,
     parameter_layout,
     sharded,
+    summed_meanwhile,
+    sums_alone,
 )
 from holo_jax.sequence import (
     leading_padding,
@@ -108,14 +113,17 @@ class Block(nnx.Module):
         """One block on [b, t, e]; the state of its mixer in and out.
 
         ``pending`` is what the block before still has to add to x: where kernels norm, they also add.
+        Parameters may be given once a device (``parallel.summed_meanwhile``).
         """
         if state is not None or not divides_tokens():
             return self._run(x, pending, context, turns, state)
         graph, parameters = nnx.split(self)
-        rows = layout("b t")
-        given = (_layouts(parameters), rows, rows, context.layout, layout("_"))
+        rows, each = layout("b t"), self.mixer_norm.weight[...].ndim == 2
+        given = (P(DATA) if each else _layouts(parameters), rows, rows, context.layout, layout("_"))
 
         def own(parameters: Any, *arguments: Any) -> tuple[Array, Array | None]:
+            if each:
+                parameters = jax.tree.map(lambda leaf: leaf[0], parameters)
             block: Any = nnx.merge(graph, parameters)
             return block._run(*arguments, None)[:2]
 
@@ -217,22 +225,45 @@ class HoloModel(nnx.Module):
           ValueError: if rows or tokens do not divide over the ambient mesh (``holo_jax.parallel``), or for
             ``state`` together with ``segment_ids`` where a sequence is divided over devices.
         """
+        return self.followed(input_ids, segment_ids, state, turns)[0]
+
+    def followed(
+        self,
+        input_ids: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        state: ModelState | None = None,
+        turns: UInt32[Array, "n k h m"] | None = None,
+        following: Array | None = None,
+    ) -> tuple[HiddenOutput, Array | None]:
+        """The same, and ``following``, a matrix that is used after the blocks.
+
+        Over ``data`` that matrix is returned once a device where blocks are unrolled
+        (``parallel.summed_meanwhile``): its gradient is summed while the last block runs back.
+        """
         config = self.config
         check_divides(*input_ids.shape)
         context, state_after = _context(input_ids, segment_ids, state)
-        x = lookup(self.embedding[...], input_ids, config.precision.storage)
+        turns = positional_turns(config) if turns is None else turns
+        apart = state is None and not isinstance(self.periods, nnx.List)
+        apart = apart and config.scan_unroll >= config.num_periods and splits_stacks()
+        parts = _parts((self.periods, turns)) if apart else []
+        table = self.embedding[...]
+        if apart and sums_alone():
+            table = summed_meanwhile(table, None, "embedding")[0]
+        x = lookup(table, input_ids, config.precision.storage)
         if config.tie_embeddings:
             x = x / jnp.asarray(embedding_std(config), x.dtype)
-        turns = positional_turns(config) if turns is None else turns
-        run = self._scanned
+        layers: Any = None
         if isinstance(self.periods, nnx.List):
-            run = self._in_turn
-        elif state is None and config.scan_unroll >= config.num_periods and splits_stacks():
-            run = self._apart
-        x, layers = run(x, context, turns, None if state is None else state.layers)
+            x, layers = self._in_turn(x, context, turns, None if state is None else state.layers)
+        elif apart:
+            x, following = self._apart(x, context, parts, following)
+        else:
+            x, layers = self._scanned(x, context, turns, None if state is None else state.layers)
         if state_after is not None:
             state_after = state_after._replace(layers=layers)
-        return HiddenOutput(self.norm(x) if state is not None else self.norm.rows(x), state_after)
+        hidden = self.norm(x) if state is not None else self.norm.rows(x)
+        return HiddenOutput(hidden, state_after), following
 
     def _scanned(self, x: Array, context: Context, turns: Array | None, layers: Any) -> tuple[Array, Any]:
         config = self.config
@@ -253,11 +284,14 @@ class HoloModel(nnx.Module):
         )
         return x if pending is None else x + pending, layers
 
-    def _apart(self, x: Array, context: Context, turns: Array | None, layers: None) -> tuple[Array, None]:
-        """All periods one after the other, from nothing.
+    def _apart(
+        self, x: Array, context: Context, parts: list[Any], following: Array | None
+    ) -> tuple[Array, Array | None]:
+        """All periods, with their turns, one after the other; and ``following``, see ``followed``.
 
         Each takes its part of a single split of the stacked parameters, so that gradients are joined once; a
-        loop taken apart by ``lax.scan`` would add up one whole stack a period.
+        loop taken apart by ``lax.scan`` would add up one whole stack a period. Over ``data`` the gradients of
+        a period are summed while the one before it runs back.
         """
         config = self.config
 
@@ -266,10 +300,20 @@ class HoloModel(nnx.Module):
 
         # Traced once, not once a period.
         run = jax.jit(_remat(body, config.remat, looped=False))
-        pending = None
-        for period, own_turns in _parts((self.periods, turns)):
-            x, pending = run(period, own_turns, (x, pending))
-        return x if pending is None else x + pending, layers
+        carried: Any = (x, None)
+        used = [period for period, _ in parts] + [following]
+        waits = sums_alone() and following is not None
+        if sums_alone():
+            used[0] = summed_meanwhile(used[0], None, "period 0")[0]
+        for index, (_, own_turns) in enumerate(parts):
+            if waits:
+                name = "following" if index + 1 == len(parts) else f"period {index + 1}"
+                used[index + 1], carried = summed_meanwhile(used[index + 1], carried, name)
+            carried = run(used[index], own_turns, carried)
+            if waits:
+                used[index + 1], carried = known_together(used[index + 1], carried)
+        x, pending = carried
+        return x if pending is None else x + pending, used[-1]
 
     def _in_turn(self, x: Array, context: Context, turns: Array | None, layers: Any) -> tuple[Array, Any]:
         periods: Any = self.periods
@@ -322,20 +366,31 @@ class HoloForCausalLM(nnx.Module):
           ``CausalLMOutput``. Under jit, logits that are not used are not computed: the loss goes
           through ``kernels.linear_cross_entropy`` and never needs them.
         """
-        hidden, state = self.model(input_ids, segment_ids, state)
         loss = loss_sum = num_targets = None
-        if labels is not None:
-            loss_sum, num_targets = self.summed_loss(hidden, labels, segment_ids)
+        if labels is None:
+            hidden, state = self.model(input_ids, segment_ids, state)
+        else:
+            (hidden, state), weights = self.model.followed(
+                input_ids, segment_ids, state, following=self.output_weights
+            )
+            loss_sum, num_targets = self.summed_loss(hidden, labels, segment_ids, weights)
             loss = loss_sum / jnp.maximum(num_targets, 1).astype(loss_sum.dtype)
         return CausalLMOutput(self.logits(hidden), loss, loss_sum, num_targets, state)
 
     def summed_loss(
-        self, hidden: Float[Array, "b t e"], labels: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None
+        self,
+        hidden: Float[Array, "b t e"],
+        labels: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None,
+        weights: Array | None = None,
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-        """Nats over all counted targets, and how many these are, from final hidden states."""
+        """Nats over all counted targets, and how many these are, from final hidden states.
+
+        ``weights`` is the output projection as ``HoloModel.followed`` returns it, or None for the parameter.
+        """
         return kernels.linear_cross_entropy(
             hidden,
-            self.output_weights,
+            self.output_weights if weights is None else weights,
             next_token_targets(labels, segment_ids),
             chunk_tokens=self.config.loss_chunk,
             logits_dtype=self.config.precision.logits,

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -269,7 +270,86 @@ def _replicas_bwd(spec: P, exchange: Exchange, _: None, gradient: Array) -> tupl
 _replicas.defvjp(_replicas_fwd, _replicas_bwd)
 
 
-def _over_data(function: Callable[[Array], Array], at: P, to: P) -> Callable[[Array], Array]:
+def sums_alone() -> bool:
+    """Whether an ambient mesh divides rows over ``data`` and nothing else (``summed_meanwhile``)."""
+    mesh = ambient_mesh()
+    return mesh is not None and mesh.shape[DATA] == mesh.size
+
+
+def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree]:
+    """Parameters once a device, ``[data, ...]``, and ``stream``, on a mesh that ``sums_alone``.
+
+    Nothing is sent forward, and functions ``sharded`` by ``P(DATA)`` take their own. Going back the gradients
+    of this tree are summed, joined with each other and nothing else, and what goes back through ``stream``
+    waits for the sums. So the part that lies between this call and the use of ``tree`` runs beside them, if
+    ``known_together`` asks for its gradients first. Left to the compiler, sums follow the whole backward
+    pass, with little beside them.
+
+    Args:
+      tree: arrays that are the same on every device, to be used later.
+      stream: arrays between here and there; None where nothing is to wait.
+      name: of this tree alone.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    parts, stream = _meanwhile(tuple(leaves), stream, name, _EXCHANGE.get())
+    return jax.tree.unflatten(structure, parts), stream
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _meanwhile(leaves: tuple[Array, ...], stream: Tree, name: str, exchange: Exchange) -> Any:
+    return _each(leaves), stream
+
+
+def _meanwhile_fwd(leaves: tuple[Array, ...], stream: Tree, name: str, exchange: Exchange) -> Any:
+    return _meanwhile(leaves, stream, name, exchange), None
+
+
+def _meanwhile_bwd(name: str, exchange: Exchange, _: None, gradients: Any) -> Any:
+    parts, stream = gradients
+    return lax.optimization_barrier((_sums(parts, name, exchange), stream))
+
+
+_meanwhile.defvjp(_meanwhile_fwd, _meanwhile_bwd)
+
+
+@jax.custom_vjp
+def known_together(tree: Tree, stream: Tree) -> tuple[Tree, Tree]:
+    """Both as they are; going back, ``stream`` waits for the gradients of ``tree`` to be computed."""
+    return tree, stream
+
+
+def _together_fwd(tree: Tree, stream: Tree) -> Any:
+    return (tree, stream), None
+
+
+def _together_bwd(_: None, gradients: Any) -> Any:
+    return lax.optimization_barrier(gradients)
+
+
+known_together.defvjp(_together_fwd, _together_bwd)
+
+
+def _each(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
+    return _over_data(lambda own: tuple(leaf[None] for leaf in own), P(), P(DATA))(leaves)
+
+
+def _sums(parts: tuple[Array, ...], name: str, exchange: Exchange) -> tuple[Array, ...]:
+    """Sums over ``data`` of gradients ``[data, ...]``, which the compiler joins with each other alone."""
+
+    def own(parts: tuple[Array, ...]) -> tuple[Array, ...]:
+        with set_xla_metadata(combiner_key=name):
+            return tuple(
+                all_reduce(g[0], DATA, exchange) if _large(g[0]) else lax.psum(g[0], DATA) for g in parts
+            )
+
+    return _over_data(own, P(DATA), P())(parts)
+
+
+def _large(gradient: Array) -> bool:
+    return gradient.ndim == 2 and gradient.size * gradient.dtype.itemsize >= _ALONE
+
+
+def _over_data(function: Callable[[Any], Any], at: P, to: P) -> Callable[[Any], Any]:
     mesh = ambient_mesh()
     assert mesh is not None
     return jax.shard_map(function, mesh=mesh, in_specs=(at,), out_specs=to, check_vma=False)

@@ -8,6 +8,11 @@ other with nothing beside the first four; and what runs beside a collective is s
 at the full rate of the links, cost least. Where blocks are unrolled those of several layers are joined: up to
 ``JOINED`` bytes a step of two H200s takes 90.6 ms where 16 MiB took 95.6 (``docs/results/scaling_two``).
 
+Over ``data`` alone unrolled blocks say themselves in which order gradients are summed
+(``holo_jax.parallel.summed_meanwhile``). The compiler then has to begin a sum when it can, not just before
+it is used; to let a second begin beside it, because that of the embedding is known last and is the longest;
+and not to join gradients by copying them into one array and out of it: NCCL takes many arrays at a time.
+
 The compiled schedules of jax 0.11.2 for four H100s say so; ``eval.scaling`` measures both (``overlap``).
 
 What ``Exchange`` sends by copies (an all-to-all) goes by copy engines among the devices of one process, where
@@ -20,10 +25,16 @@ import jax
 from jax.sharding import Mesh
 
 from holo_jax.exchange import Exchange
+from holo_jax.parallel import DATA
 
 _KINDS = ("all_reduce", "reduce_scatter", "all_gather")
 JOINED = 64 * 2**20
 _DEFAULT = 30 * 2**20 + 7
+_IN_ORDER = {
+    "xla_gpu_experimental_collective_start_as_early_as_possible": True,
+    "xla_gpu_experimental_parallel_collective_overlap_limit": 2,
+    "xla_disable_hlo_passes": "all-reduce-contiguous",
+}
 _NAMED_MODES = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
 
 
@@ -43,7 +54,10 @@ def compiler_options(
     """
     if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
         return None
-    return overlapping(overlap, joined) | {"xla_gpu_use_memcpy_local_p2p": exchange.transport == "copies"}
+    found = overlapping(overlap, joined) | {"xla_gpu_use_memcpy_local_p2p": exchange.transport == "copies"}
+    if overlap and mesh.shape[DATA] == mesh.size and exchange.transport == "collectives":
+        found |= _IN_ORDER
+    return found
 
 
 def overlapping(overlap: bool, joined: int = JOINED) -> dict[str, Any]:

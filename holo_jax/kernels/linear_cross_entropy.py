@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
 from holo_jax.kernels import hopper
 from holo_jax.kernels.block import uses
 from holo_jax.kernels.capability import partitioned
-from holo_jax.parallel import layout, parameter_layout, sharded, tensor_axis, whole
+from holo_jax.parallel import DATA, ambient_mesh, layout, parameter_layout, sharded, tensor_axis, whole
 
 _DEPTH = 64
 
@@ -46,7 +47,7 @@ def unsupported(hidden: Array, weights: Array, logits_dtype: str) -> str | None:
 
 def linear_cross_entropy(
     hidden: Float[Array, "b t e"],
-    weights: Float[Array, "e v"],
+    weights: Float[Array, "e v"] | Float[Array, "n e v"],
     targets: Int[Array, "b t"],
     *,
     chunk_tokens: int,
@@ -58,14 +59,15 @@ def linear_cross_entropy(
     On a mesh each device visits its own tokens and its part of the vocabulary; hidden states stay in place.
 
     Args:
+      weights: as there, or once a device (``holo_jax.parallel.summed_meanwhile``).
       chunk_tokens: about how many tokens have logits at one time, on each device.
       backend: ``"portable"``, or another ``block_backend`` for the kernels where they can run.
     """
 
-    axes = ("embed", "vocab")
+    axes, each = ("embed", "vocab"), weights.ndim == 3
 
     def own(hidden: Array, weights: Array, targets: Array) -> Array:
-        weights = whole(weights, axes, hidden.dtype)
+        weights = whole(weights[0] if each else weights, axes, hidden.dtype)
         if uses(backend, "products") and unsupported(hidden, weights, logits_dtype) is None:
             rows = hidden.reshape(-1, hidden.shape[-1])
             return _summed(rows, weights, targets.reshape(-1), chunk_tokens).reshape(1, 1)
@@ -74,8 +76,13 @@ def linear_cross_entropy(
         )
         return total.reshape(1, 1)
 
-    every = sharded(own, (layout("b t"), parameter_layout(axes), layout("b t")), layout("b t"))
-    return jnp.sum(every(hidden, weights, targets)), jnp.sum(targets != IGNORE)
+    at = P(DATA) if each else parameter_layout(axes)
+    every = sharded(own, (layout("b t"), at, layout("b t")), layout("b t"))
+    count = jnp.sum(targets != IGNORE)
+    if ambient_mesh() is not None:
+        # Nobody reads it before the end of a step: its sum over devices would hold up others until then.
+        targets, count = lax.optimization_barrier((targets, count))
+    return jnp.sum(every(hidden, weights, targets)), count
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

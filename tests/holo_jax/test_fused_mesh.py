@@ -1,6 +1,7 @@
 """The kernels between products on a mesh, in Pallas' interpreter: every device runs those of one."""
 
 import functools
+import re
 from typing import Any
 
 import jax
@@ -43,7 +44,7 @@ def make_steps(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[StepF
         global_batch_size=ROWS, num_steps=1, context_length=TIME, mesh__devices=int(np.prod(sizes)), **fields
     )
     mesh = make_mesh(config.mesh)
-    _, steps = build(config.model, config.optimizer, config.num_steps, mesh)
+    _, steps = build(config.model, config.optimizer, config.num_steps, mesh, config.mesh.exchange)
     generator = np.random.default_rng(0)
     tokens = generator.integers(64, size=(ROWS, TIME), dtype=np.int32)
     segments = np.ones((ROWS, TIME), np.int32)
@@ -86,3 +87,21 @@ def test_a_step_is_that_of_one_device(model: str, sizes: tuple[int, ...], remat:
 
 def test_a_divided_model_keeps_the_plain_form() -> None:
     assert "norm_forward" not in str(make_steps("holo", (1, 1, 1, 2))[2].jaxpr)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sums_of_blocks_are_in_order(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Unrolled over ``data``: the numbers of one device; sums by block, each before what follows it."""
+    monkeypatch.setattr("holo_jax.model.splits_stacks", lambda: True)
+    fields = dict(model__remat="dots", model__num_hidden_layers=3, model__scan_unroll=3)
+    _, want = first_step("holo", (1, 1, 1, 1), **fields)
+    over = fields | dict(mesh__reduce_dtype=dtype)
+    _, found = first_step("holo", (4, 1, 1, 1), **over)
+    tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == "float32" else dict(rtol=2e-2, atol=2e-4)
+    for got, expected in zip(found, want, strict=True):
+        np.testing.assert_allclose(got, expected, **tolerance)
+    text = make_steps("holo", (4, 1, 1, 1), **over)[2].lower().as_text()
+    names = {"embedding", "period 0", "period 1", "period 2", "following"}
+    assert set(re.findall(r'combiner_key = "([^"]+)"', text)) == names
+    # Gradients of a part are computed, and then summed, before what goes back through the part before it.
+    assert text.count("optimization_barrier") >= 2 * 3
