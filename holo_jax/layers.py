@@ -22,6 +22,7 @@ from holo_jax.parallel import (
     gathering_again,
     layout,
     parameter_layout,
+    rounded_once,
     sharded,
     summed_over_tensor,
     tensor_axis,
@@ -70,8 +71,8 @@ class Linear(nnx.Module):
 
     @property
     def whole_weight(self) -> Array:
-        """The weight in one piece along ``fsdp``, where a device runs the map by itself."""
-        return whole(self.weight[...], self.axes, self.storage)
+        """The weight in one piece along ``fsdp``, where a device runs the map by itself; rounded for it."""
+        return rounded_once(self.weight[...], self.axes, self.storage)
 
     def product(self, x: Array, parameters: tuple[Array, Array | None], out_dtype: str | None) -> Array:
         """The map with these parameters, which on a mesh are one device's parts."""

@@ -27,6 +27,7 @@ from holo_jax.mixers.memory import MemoryMixer
 from holo_jax.parallel import (
     DATA,
     GATHERED_NAME,
+    ROUNDED_NAME,
     SEQ,
     ambient_mesh,
     asked_where_blocks_run,
@@ -499,10 +500,12 @@ def _remat(body: Any, policy: str, *, looped: bool) -> Any:
         return jax.checkpoint(
             body, policy=policies.save_only_these_names(GATHERED_NAME), prevent_cse=not looped
         )
-    # What a kernel made is kept like a product: computing it twice costs a kernel.
+    # What a kernel made is kept like a product: computing it twice costs a kernel. Rounded weights are kept
+    # where blocks are unrolled; a loop would stack them.
+    names = (kernels.READ_NAME, kernels.SCALED_NAME, GATHERED_NAME, *(() if looped else (ROUNDED_NAME,)))
     saved = policies.save_from_both_policies(
         policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, _made_by_a_kernel),
-        policies.save_only_these_names(kernels.READ_NAME, kernels.SCALED_NAME, GATHERED_NAME),
+        policies.save_only_these_names(*names),
     )
     return jax.checkpoint(body, policy=saved, prevent_cse=not looped)
 

@@ -54,6 +54,7 @@ _COPIES = frozenset(
 GATHERED_NAME = (
     "gathered_weight"  # of weights to keep until the backward pass, for rematerialisation policies
 )
+ROUNDED_NAME = "rounded_weight"  # of weights in the dtype of the products, likewise
 _EXCHANGE = contextvars.ContextVar("exchange", default=Exchange())  # noqa: B039 (frozen)
 _ALONE = 2**20  # bytes from which a gradient is worth an exchange of its own
 _LAYOUT: dict[str, Any] = {"b": BATCH_AXES, "t": SEQ, "h": TENSOR, "_": None}
@@ -149,6 +150,28 @@ def whole(weight: Array, axes: tuple[str | None, ...], dtype: Any) -> Array:
     if _divided(FSDP) is None or FSDP not in spec:
         return weight
     return _gathered(weight, spec.index(FSDP), jnp.dtype(dtype), _EXCHANGE.get())
+
+
+def rounded_once(weight: Array, axes: tuple[str | None, ...], dtype: Any) -> Array:
+    """``whole``, and where nothing is gathered the weight rounded to ``dtype`` under ``ROUNDED_NAME``.
+
+    Rematerialisation that keeps it neither slices a stack of masters nor rounds anew going back. The result
+    and its gradient have the parameter's dtype.
+    """
+    if _divided(FSDP) is None or FSDP not in parameter_layout(axes):
+        return _rounded_once(weight, jnp.dtype(dtype))
+    return whole(weight, axes, dtype)
+
+
+def _rounded(weight: Array, dtype: Any) -> Array:
+    return checkpoint_name(weight.astype(dtype), ROUNDED_NAME).astype(weight.dtype)
+
+
+_rounded_once = jax.custom_vjp(_rounded, nondiff_argnums=(1,))
+# The forward rule rounds by itself: inside of another such call the name is hidden from a policy.
+_rounded_once.defvjp(
+    lambda weight, dtype: (_rounded(weight, dtype), None), lambda dtype, _, gradient: (gradient,)
+)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

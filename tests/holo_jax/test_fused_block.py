@@ -18,6 +18,7 @@ from holo_jax.kernels import hopper, triton
 from holo_jax.kernels.block import uses
 from holo_jax.mixers import fused_memory
 from holo_jax.model import HoloForCausalLM, _remat
+from holo_jax.parallel import rounded_once
 from holo_jax.precision import FULL
 
 pytestmark = pytest.mark.slow
@@ -135,6 +136,22 @@ def test_scaled_values_are_kept_in_place_of_values(interpreted):
     residuals = saved_residuals(body, values, factors)
     kept = [aval.shape for aval, source in residuals if "argument" not in source]
     assert kept == [scaled.shape]
+
+
+@pytest.mark.parametrize("looped", [False, True])
+def test_rounded_weights_are_kept_where_blocks_are_unrolled(looped):
+    weight, x = jnp.ones((8, 16)), jnp.ones((4, 8), jnp.bfloat16)
+
+    def body(weight, x):
+        rounded = rounded_once(weight, ("embed", "mlp"), "bfloat16")
+        assert rounded.dtype == weight.dtype
+        return jnp.sin(x @ rounded.astype(x.dtype))
+
+    residuals = saved_residuals(_remat(body, "dots", looped=looped), weight, x)
+    kept = [aval.dtype for aval, _ in residuals if aval.shape == weight.shape]
+    assert (jnp.bfloat16 in kept) is not looped
+    gradient = jax.grad(lambda weight: jnp.sum(body(weight, x).astype(jnp.float32)))(weight)
+    assert gradient.dtype == jnp.float32
 
 
 def test_what_a_backend_may_use():

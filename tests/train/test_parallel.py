@@ -39,6 +39,21 @@ MODELS: dict[str, dict[str, Any]] = {
         model__key_conv=3,
     ),
     "ssm": dict(model__preset="ssm", model__hd_dim=32),
+    "unrolled": dict(
+        model__preset="holo",
+        model__hd_dim=32,
+        model__remat="dots",
+        model__num_hidden_layers=2,
+        model__scan_unroll=2,
+    ),
+    "unrolled and tied": dict(
+        model__preset="holo",
+        model__head_dim=4,
+        model__anchor_every=2,
+        model__num_hidden_layers=4,
+        model__scan_unroll=2,
+        model__tie_embeddings=True,
+    ),
 }
 
 
@@ -128,6 +143,27 @@ def test_twenty_steps_are_the_same_however_devices_send(
 ) -> None:
     monkeypatch.setattr(parallel, "_ALONE", 0)
     values, moments = curve(model, sizes, transport, kept)
+    want_values, want_moments = curve(model, (1, 1, 1, 1))
+    np.testing.assert_allclose(values, want_values, rtol=0, atol=1e-5)
+    for got, want in zip(moments, want_moments, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes", "transport"),
+    [
+        ("unrolled", (4, 1, 1, 1), "collectives"),
+        pytest.param("unrolled", (4, 1, 1, 1), "copies", marks=pytest.mark.slow),
+        pytest.param("unrolled and tied", (2, 1, 1, 1), "collectives", marks=pytest.mark.slow),
+    ],
+)
+def test_twenty_steps_of_unrolled_blocks_equal_one_device(
+    model: str, sizes: tuple[int, ...], transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over ``data`` alone gradients are summed in an order of their own, once a device each."""
+    monkeypatch.setattr(parallel, "_ALONE", 0)
+    monkeypatch.setattr("holo_jax.model.splits_stacks", lambda: True)
+    values, moments = curve(model, sizes, transport)
     want_values, want_moments = curve(model, (1, 1, 1, 1))
     np.testing.assert_allclose(values, want_values, rtol=0, atol=1e-5)
     for got, want in zip(moments, want_moments, strict=True):
