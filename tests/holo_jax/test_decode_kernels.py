@@ -97,7 +97,8 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     products, heads = stepping.Form(heads=True, products=True), stepping.Form(heads=True)
     folded = heads._replace(folded=True)
     assert stepping.choose(wide, 1) == products
-    assert stepping.choose(narrow, 2) == stepping.choose(narrow, 16) == stepping.choose(wide, 4) == folded
+    assert stepping.choose(narrow, 2) == stepping.choose(narrow, 16) == folded
+    assert stepping.choose(wide, 4) == stepping.choose(wide, 16) == heads
     assert stepping.choose(narrow, 17) == stepping.choose(narrow.replace(norm="layernorm"), 2) == heads
     assert stepping.choose(narrow, 256) == heads._replace(cublas=True)
     assert stepping.choose(narrow.replace(precision=FULL), 2) == heads
