@@ -1,0 +1,164 @@
+"""The outer memory without erase on NVIDIA GPUs from Ampere on, by kernels of our own (Pallas, to Triton).
+
+Phases become features where they are read, so features are never in memory, nor are gated values. Time is cut
+in blocks, which programs take at once: a kernel sums each block's writes, a small one the blocks, and a third
+reads outputs. The backward pass does the same from the other end; it reads the inputs anew and keeps one
+state a block from the forward pass. Operands of products have the dtype of the values, as states before blocks
+have; sums are float32, not compensated, so the returned residue is zero.
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from holo_jax.array_types import Array
+from holo_jax.functional import MemoryState
+from holo_jax.functional.segments import run_index
+from holo_jax.kernels import triton_outer_kernels as kernels
+from holo_jax.kernels.call import READ_NAME, Call, total_writes
+from holo_jax.kernels.capability import compute_capability, partitioned
+from holo_jax.kernels.triton_outer_program import Plan, Tiling
+
+COVERS = "outer memory without erase on NVIDIA GPUs of compute capability 8.0 or higher, 16-bit values"
+_WIDTHS = (16, 32, 64, 128)
+
+
+def missing() -> str | None:
+    """Why no call at all can run here, or None."""
+    capability = compute_capability()
+    if capability is None or capability < (8, 0):
+        return "its kernels need an NVIDIA GPU of compute capability 8.0 or higher"
+    return None
+
+
+def unsupported(call: Call) -> str | None:
+    """Why this call cannot run here, or None. Expects a well-formed call."""
+    reason = missing()
+    if reason is not None:
+        return reason
+    b, t, h, d = call.values.shape
+    m = call.write_phases.shape[-1]
+    if call.binding != "outer":
+        return f"binding is {call.binding!r}; it must be 'outer'"
+    if call.erase is not None:
+        return "erase is given; it must be None"
+    if call.method != "chunked":
+        return f"method is {call.method!r}; it must be 'chunked'"
+    if call.chunk_size is not None:
+        return f"chunk_size is {call.chunk_size}; it must be None"
+    if call.values.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"values has dtype {call.values.dtype}; it must be bfloat16 or float16"
+    for name, width in (("m", m), ("d", d)):
+        if width not in _WIDTHS:
+            return f"{name} is {width}; it must be one of {', '.join(map(str, _WIDTHS))}"
+    if b * t * h * max(m, d) >= 2**31:
+        return f"values or phases have {b * t * h * max(m, d)} elements; they must have fewer than 2^31"
+    if partitioned():
+        return "the computation spans several devices; call it inside jax.shard_map"
+    return None
+
+
+def accumulate(
+    call: Call, *, tiling: Tiling | None = None, interpret: bool = False
+) -> tuple[Array, MemoryState]:
+    """The same as ``holo_jax.functional.accumulate``, for a call that ``unsupported`` accepts.
+
+    Args:
+      call: the arguments.
+      tiling: shapes of the programs; a measured default if None.
+      interpret: run in Pallas' interpreter, anywhere; then with polynomial sines only.
+    """
+    _, t, _, d = call.values.shape
+    m = call.write_phases.shape[-1]
+    plan = Plan(tiling or Tiling(), t, m, d, interpret)
+    inputs: dict[str, Array] = {"write": call.write_phases, "read": call.read_phases, "values": call.values}
+    if call.gates is not None:
+        inputs["gates"] = call.gates.astype(jnp.float32)
+    if call.initial_state is not None:
+        held = call.initial_state.memory + call.initial_state.residue
+        inputs["start"] = jnp.swapaxes(jnp.stack([held.real, held.imag], axis=2), -1, -2)
+    runs = None if call.segment_ids is None else run_index(call.segment_ids)
+    outputs, end = _memory(plan, inputs, runs)
+    real, imag = jnp.moveaxis(jnp.swapaxes(end, -1, -2), 2, 0)
+    memory = jax.lax.complex(real, imag)
+    return outputs.astype(jnp.float32), MemoryState(memory, jnp.zeros_like(memory), total_writes(call))
+
+
+def _segments(plan: Plan, runs: Array | None) -> tuple[dict[str, Array], Array | None]:
+    """(run indices from position -1 to ``padded``, by name; which blocks the state before them survives)."""
+    if runs is None:
+        return {}, None
+    edge = jnp.pad(runs, [(0, 0), (0, plan.padded - plan.time)], mode="edge")
+    padded = jnp.pad(edge, [(0, 0), (1, 0)])
+    length = plan.tiling.block
+    survives = padded[:, : plan.padded : length] == padded[:, length::length]
+    return {"runs": padded}, survives.astype(jnp.int32)
+
+
+def _states(plan: Plan, inputs: dict[str, Array]) -> jax.ShapeDtypeStruct:
+    batch, _, heads, _ = inputs["values"].shape
+    return jax.ShapeDtypeStruct((batch, heads, plan.blocks, 2, plan.d, plan.m), jnp.float32)
+
+
+def _forward(plan: Plan, inputs: dict[str, Array], runs: Array | None) -> tuple[Array, Array, Array]:
+    """(outputs, state after the row, states before blocks)."""
+    given = {name: x for name, x in inputs.items() if name != "start"}
+    segments, survives = _segments(plan, runs)
+    given |= segments
+    values = inputs["values"]
+    first = {name: x for name, x in given.items() if name != "read"}
+    found = kernels.launch(
+        kernels.totals, plan, plan.tiling.totals, first, {"totals": _states(plan, inputs)}
+    )
+    states, end = kernels.launch_prefix(
+        plan, found["totals"], inputs.get("start"), survives, values.dtype, backwards=False
+    )
+    wanted = {"outputs": jax.ShapeDtypeStruct(values.shape, values.dtype)}
+    read = kernels.launch(kernels.outputs, plan, plan.tiling.outputs, {**given, "states": states}, wanted)
+    # Named while narrow, so that a rematerialised block keeps them instead of running the kernels twice.
+    kept = partial(checkpoint_name, name=READ_NAME)
+    return kept(read["outputs"]), kept(end), kept(states)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _memory(plan: Plan, inputs: dict[str, Array], runs: Array | None) -> tuple[Array, Array]:
+    return _forward(plan, inputs, runs)[:2]
+
+
+def _memory_forward(plan: Plan, inputs: dict[str, Array], runs: Array | None) -> tuple[Any, Any]:
+    outputs, end, states = _forward(plan, inputs, runs)
+    return (outputs, end), (inputs, runs, states)
+
+
+def _memory_backward(plan: Plan, saved: Any, cotangents: Any) -> tuple[dict[str, Array], None]:
+    inputs, runs, states = saved
+    d_outputs, d_end = cotangents
+    values = inputs["values"]
+    segments, survives = _segments(plan, runs)
+    given = {name: x for name, x in inputs.items() if name != "start"} | segments | {"d_outputs": d_outputs}
+    phases = jax.ShapeDtypeStruct((*values.shape[:3], plan.m), jnp.float32)
+    reads = kernels.launch(
+        kernels.reads,
+        plan,
+        plan.tiling.reads,
+        {**given, "states": states},
+        {"d_read": phases, "totals": _states(plan, inputs)},
+    )
+    behind, d_start = kernels.launch_prefix(
+        plan, reads["totals"], d_end, survives, values.dtype, backwards=True
+    )
+    wanted = {"d_values": jax.ShapeDtypeStruct(values.shape, values.dtype), "d_write": phases}
+    if "gates" in inputs:
+        wanted["d_gates"] = jax.ShapeDtypeStruct(values.shape[:3], jnp.float32)
+    found = kernels.launch(kernels.writes, plan, plan.tiling.writes, {**given, "states": behind}, wanted)
+    found["d_read"], found["d_start"] = reads["d_read"], d_start
+    for name in ("write", "read"):
+        if len(inputs[name]) < len(values):
+            found[f"d_{name}"] = jnp.sum(found[f"d_{name}"], axis=0, keepdims=True)
+    return {name: found[f"d_{name}"] for name in inputs}, None
+
+
+_memory.defvjp(_memory_forward, _memory_backward)
