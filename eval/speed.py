@@ -99,8 +99,9 @@ def memory_ops(settings: Settings, usable: tuple[str, ...]) -> list[Op]:
     for erase in (False, True):
         for chunk in settings.portable_chunks:
             ops.append(Op("outer", erase, "portable", b, t, h, m, d, chunk=chunk))
-        if "hopper" in usable:
-            ops.append(Op("outer", erase, "hopper", b, t, h, m, d))
+        for backend in ("hopper",) if erase else ("hopper", "triton_outer"):
+            if backend in usable:
+                ops.append(Op("outer", erase, backend, b, t, h, m, d))
     if "hopper" in usable:
         ops.append(Op("outer", True, "hopper", b, t, h, m, d, rule="gdn2"))
     for addressing in ("content", "position"):
@@ -113,7 +114,7 @@ def memory_ops(settings: Settings, usable: tuple[str, ...]) -> list[Op]:
 
 def evaluate(settings: Settings, reporter: Reporter) -> None:
     """Gate, ceilings, then the chosen parts."""
-    covered = {"hopper": ("outer",), "triton": ("hadamard",)}
+    covered = {"hopper": ("outer",), "triton": ("hadamard",), "triton_outer": ("outer",)}
     usable = {
         b.name: tuple(x for x in covered.get(b.name, settings.bindings) if x in settings.bindings)
         for b in kernels.available()

@@ -14,9 +14,19 @@ from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
 from holo_jax.functional import accumulate_parts as _parts
-from holo_jax.kernels import block, capability, ensemble, hopper, hopper_parts, triton, triton_positions
+from holo_jax.kernels import (
+    block,
+    capability,
+    ensemble,
+    hopper,
+    hopper_parts,
+    triton,
+    triton_outer,
+    triton_positions,
+)
 from holo_jax.kernels.call import READ_NAME, SCALED_NAME, Call
 from holo_jax.kernels.capability import BackendUnavailableError
+from holo_jax.kernels.convolved_sum import convolved_sum
 from holo_jax.kernels.linear_cross_entropy import linear_cross_entropy
 from holo_jax.kernels.phasor_features import phasor_features, sin_cos
 from holo_jax.kernels.swiglu import swiglu, swiglu_runs
@@ -36,6 +46,7 @@ __all__ = [
     "block",
     "capability",
     "choose",
+    "convolved_sum",
     "linear_cross_entropy",
     "phasor_features",
     "sin_cos",
@@ -43,9 +54,9 @@ __all__ = [
     "swiglu_runs",
 ]
 
-_KERNELS = {"hopper": hopper, "triton": triton}
-# A kernel joins when it has been equal to the definition, and faster, on hardware.
-AUTOMATIC = ("hopper", "triton")
+_KERNELS = {"hopper": hopper, "triton": triton, "triton_outer": triton_outer}
+# A kernel joins when it has been equal to the definition, and faster, on hardware; the fastest comes first.
+AUTOMATIC = ("hopper", "triton", "triton_outer")
 BACKENDS = ("auto", "ensemble", "portable", *_KERNELS)
 
 

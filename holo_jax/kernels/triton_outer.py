@@ -3,8 +3,8 @@
 Phases become features where they are read, so features are never in memory, nor are gated values. Time is cut
 in blocks, which programs take at once: a kernel sums each block's writes, a small one the blocks, and a third
 reads outputs. The backward pass does the same from the other end; it reads the inputs anew and keeps one
-state a block from the forward pass. Operands of products have the dtype of the values, as states before blocks
-have; sums are float32, not compensated, so the returned residue is zero.
+state a block from the forward pass. Operands of products, states before blocks among them, have the dtype of
+the values; sums are float32, not compensated, so the returned residue is zero.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from holo_jax.functional.segments import run_index
 from holo_jax.kernels import triton_outer_kernels as kernels
 from holo_jax.kernels.call import READ_NAME, Call, total_writes
 from holo_jax.kernels.capability import compute_capability, partitioned
-from holo_jax.kernels.triton_outer_program import Plan, Tiling
+from holo_jax.kernels.triton_outer_program import Plan, Shape, Tiling
 
 COVERS = "outer memory without erase on NVIDIA GPUs of compute capability 8.0 or higher, 16-bit values"
 _WIDTHS = (16, 32, 64, 128)
@@ -71,12 +71,12 @@ def accumulate(
       tiling: shapes of the programs; a measured default if None.
       interpret: run in Pallas' interpreter, anywhere; then with polynomial sines only.
     """
-    _, t, _, d = call.values.shape
+    t, d = call.values.shape[1], call.values.shape[-1]
     m = call.write_phases.shape[-1]
-    plan = Plan(tiling or Tiling(), t, m, d, interpret)
+    plan = Plan(tiling or tiling_of(m, d), t, m, d, interpret)
     inputs: dict[str, Array] = {"write": call.write_phases, "read": call.read_phases, "values": call.values}
     if call.gates is not None:
-        inputs["gates"] = call.gates.astype(jnp.float32)
+        inputs["gates"] = jnp.swapaxes(call.gates.astype(jnp.float32), 1, 2)
     if call.initial_state is not None:
         held = call.initial_state.memory + call.initial_state.residue
         inputs["start"] = jnp.swapaxes(jnp.stack([held.real, held.imag], axis=2), -1, -2)
@@ -85,6 +85,13 @@ def accumulate(
     real, imag = jnp.moveaxis(jnp.swapaxes(end, -1, -2), 2, 0)
     memory = jax.lax.complex(real, imag)
     return outputs.astype(jnp.float32), MemoryState(memory, jnp.zeros_like(memory), total_writes(call))
+
+
+def tiling_of(m: int, d: int) -> Tiling:
+    """Shapes of the programs for heads of m phasors and d channels."""
+    # Larger states need more registers than four warps have.
+    warps = 4 if m * d <= 2048 else 8
+    return Tiling(512, *(Shape(64, warps, 2),) * 4)
 
 
 def _segments(plan: Plan, runs: Array | None) -> tuple[dict[str, Array], Array | None]:
@@ -98,66 +105,90 @@ def _segments(plan: Plan, runs: Array | None) -> tuple[dict[str, Array], Array |
     return {"runs": padded}, survives.astype(jnp.int32)
 
 
-def _states(plan: Plan, inputs: dict[str, Array]) -> jax.ShapeDtypeStruct:
-    batch, _, heads, _ = inputs["values"].shape
+def _states(plan: Plan, values: Array) -> jax.ShapeDtypeStruct:
+    batch, _, heads, _ = values.shape
     return jax.ShapeDtypeStruct((batch, heads, plan.blocks, 2, plan.d, plan.m), jnp.float32)
 
 
-def _forward(plan: Plan, inputs: dict[str, Array], runs: Array | None) -> tuple[Array, Array, Array]:
-    """(outputs, state after the row, states before blocks)."""
-    given = {name: x for name, x in inputs.items() if name != "start"}
+def forward(
+    plan: Plan, inputs: dict[str, Array], runs: Array | None, *, final: bool = True
+) -> tuple[Array, Array | None, Array]:
+    """(outputs, float32 state after the row ``[b, h, 2, d, m]``, states before blocks for ``backward``).
+
+    Args:
+      plan: how the call is cut.
+      inputs: ``write`` and ``read`` phases ``[b or 1, t, h, m]``, float32 radians or int16 units of 2^-16
+        turns; ``values``; where there are any, float32 ``gates`` ``[b, h, t]`` and ``start``, the state before
+        the row.
+      runs: run indices of packed rows, or None.
+      final: whether the state after the row is wanted; None without.
+    """
     segments, survives = _segments(plan, runs)
-    given |= segments
+    given = {name: x for name, x in inputs.items() if name != "start"} | segments
     values = inputs["values"]
     first = {name: x for name, x in given.items() if name != "read"}
-    found = kernels.launch(
-        kernels.totals, plan, plan.tiling.totals, first, {"totals": _states(plan, inputs)}
-    )
+    counted = plan.blocks if final else plan.blocks - 1
+    total = kernels.totals_of(plan, first, _states(plan, values), counted)
     states, end = kernels.launch_prefix(
-        plan, found["totals"], inputs.get("start"), survives, values.dtype, backwards=False
+        plan, total, inputs.get("start"), survives, values.dtype, counted=counted
     )
     wanted = {"outputs": jax.ShapeDtypeStruct(values.shape, values.dtype)}
     read = kernels.launch(kernels.outputs, plan, plan.tiling.outputs, {**given, "states": states}, wanted)
     # Named while narrow, so that a rematerialised block keeps them instead of running the kernels twice.
     kept = partial(checkpoint_name, name=READ_NAME)
-    return kept(read["outputs"]), kept(end), kept(states)
+    return kept(read["outputs"]), kept(end) if final else None, kept(states)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _memory(plan: Plan, inputs: dict[str, Array], runs: Array | None) -> tuple[Array, Array]:
-    return _forward(plan, inputs, runs)[:2]
-
-
-def _memory_forward(plan: Plan, inputs: dict[str, Array], runs: Array | None) -> tuple[Any, Any]:
-    outputs, end, states = _forward(plan, inputs, runs)
-    return (outputs, end), (inputs, runs, states)
-
-
-def _memory_backward(plan: Plan, saved: Any, cotangents: Any) -> tuple[dict[str, Array], None]:
-    inputs, runs, states = saved
-    d_outputs, d_end = cotangents
+def backward(
+    plan: Plan,
+    inputs: dict[str, Array],
+    runs: Array | None,
+    states: Array,
+    d_outputs: Array,
+    d_end: Array | None,
+    dtype: Any = jnp.float32,
+) -> dict[str, Array]:
+    """Gradients ``d_...`` of the inputs of ``forward``, those of phases by radians and in ``dtype``."""
     values = inputs["values"]
     segments, survives = _segments(plan, runs)
     given = {name: x for name, x in inputs.items() if name != "start"} | segments | {"d_outputs": d_outputs}
-    phases = jax.ShapeDtypeStruct((*values.shape[:3], plan.m), jnp.float32)
+    phases = jax.ShapeDtypeStruct((*values.shape[:3], plan.m), dtype)
     reads = kernels.launch(
         kernels.reads,
         plan,
         plan.tiling.reads,
         {**given, "states": states},
-        {"d_read": phases, "totals": _states(plan, inputs)},
+        {"d_read": phases, "totals": _states(plan, values)},
     )
     behind, d_start = kernels.launch_prefix(
         plan, reads["totals"], d_end, survives, values.dtype, backwards=True
     )
     wanted = {"d_values": jax.ShapeDtypeStruct(values.shape, values.dtype), "d_write": phases}
     if "gates" in inputs:
-        wanted["d_gates"] = jax.ShapeDtypeStruct(values.shape[:3], jnp.float32)
+        wanted["d_gates"] = jax.ShapeDtypeStruct(inputs["gates"].shape, jnp.float32)
     found = kernels.launch(kernels.writes, plan, plan.tiling.writes, {**given, "states": behind}, wanted)
     found["d_read"], found["d_start"] = reads["d_read"], d_start
     for name in ("write", "read"):
         if len(inputs[name]) < len(values):
             found[f"d_{name}"] = jnp.sum(found[f"d_{name}"], axis=0, keepdims=True)
+    return {f"d_{name}": found[f"d_{name}"] for name in inputs}
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _memory(plan: Plan, inputs: dict[str, Array], runs: Array | None) -> tuple[Array, Array]:
+    outputs, end, _ = forward(plan, inputs, runs)
+    assert end is not None
+    return outputs, end
+
+
+def _memory_forward(plan: Plan, inputs: dict[str, Array], runs: Array | None) -> tuple[Any, Any]:
+    outputs, end, states = forward(plan, inputs, runs)
+    return (outputs, end), (inputs, runs, states)
+
+
+def _memory_backward(plan: Plan, saved: Any, cotangents: Any) -> tuple[dict[str, Array], None]:
+    inputs, runs, states = saved
+    found = backward(plan, inputs, runs, states, *cotangents)
     return {name: found[f"d_{name}"] for name in inputs}, None
 
 

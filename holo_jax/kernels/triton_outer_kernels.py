@@ -60,12 +60,19 @@ def _read_features(columns: Array, state: Pair) -> Pair:
 
 
 def totals(plan: Plan, shape: Shape, inputs: Refs, outputs: Refs) -> None:
-    """``sum v k^T`` over the last segment of a block: ``write``, ``values``, ``gates``, ``runs`` to ``totals``."""
+    """``sum v k^T`` over the last segment of a block.
+
+    ``write``, ``values``, ``gates``, ``runs`` to ``totals``.
+    """
     program = Program(plan, shape, inputs)
 
     def visit(number: Array, state: Pair) -> Pair:
         chunk = program.chunk(number)
-        phases, values, gates = program.load("write", chunk), program.load("values", chunk), program.gates(chunk)
+        phases, values, gates = (
+            program.load("write", chunk),
+            program.load("values", chunk),
+            program.gates(chunk),
+        )
         values = selected(program.among(chunk, program.first + plan.tiling.block - 1), values)
         return _added(state, values, program.features(phases, gates, values.dtype))
 
@@ -103,7 +110,11 @@ def reads(plan: Plan, shape: Shape, inputs: Refs, outputs: Refs) -> None:
         state, total = carry
         chunk = program.chunk(number)
         write, read = program.load("write", chunk), program.load("read", chunk)
-        values, gates, pulls = program.load("values", chunk), program.gates(chunk), program.load("d_outputs", chunk)
+        values, gates, pulls = (
+            program.load("values", chunk),
+            program.gates(chunk),
+            program.load("d_outputs", chunk),
+        )
         keys = program.features(write, gates, values.dtype)
         queries = program.features(read, None, values.dtype)
         weights = jnp.where(chunk.causal, product(pulls, values, 1, 1), 0.0).astype(values.dtype)
@@ -131,7 +142,11 @@ def writes(plan: Plan, shape: Shape, inputs: Refs, outputs: Refs) -> None:
     def visit(step: Array, state: Pair) -> Pair:
         chunk = program.chunk(program.count - 1 - step, later=True)
         write, read = program.load("write", chunk), program.load("read", chunk)
-        values, gates, pulls = program.load("values", chunk), program.gates(chunk), program.load("d_outputs", chunk)
+        values, gates, pulls = (
+            program.load("values", chunk),
+            program.gates(chunk),
+            program.load("d_outputs", chunk),
+        )
         # Without gates, which multiply all three gradients behind the products.
         keys = program.features(write, None, values.dtype)
         queries = program.features(read, None, values.dtype)
@@ -143,7 +158,8 @@ def writes(plan: Plan, shape: Shape, inputs: Refs, outputs: Refs) -> None:
         before = _added(survived(chunk, state), selected(chunk.reached, pulls), queries)
         d_write = keys[0] * d_sine - keys[1] * d_cosine
         if gates is not None:
-            program.store(outputs["d_gates"], chunk, jnp.sum(keys[0] * d_cosine + keys[1] * d_sine, axis=1))
+            along = jnp.sum(keys[0] * d_cosine + keys[1] * d_sine, axis=1)
+            program.store_gates(outputs["d_gates"], chunk, along)
             d_values, d_write = gates * d_values, gates * d_write
         program.store(outputs["d_values"], chunk, d_values)
         program.store(outputs["d_write"], chunk, d_write)
@@ -152,32 +168,30 @@ def writes(plan: Plan, shape: Shape, inputs: Refs, outputs: Refs) -> None:
     jax.lax.fori_loop(0, program.count, visit, program.state(inputs["states"]))
 
 
-def prefix(plan: Plan, inputs: Refs, outputs: Refs, *, backwards: bool) -> None:
+def prefix(plan: Plan, inputs: Refs, outputs: Refs, *, counted: int, backwards: bool) -> None:
     """Exclusive sums of ``totals`` over blocks from ``start``, or from the last block back.
 
-    ``survives``: int32 ``[b, blocks]``, whether a block's first position is of the segment of what it is
-    followed by. To ``states``, and ``end``, what is behind all blocks.
+    ``survives``: int32 ``[b, blocks]``, whether what is before a block is seen behind it. To ``states``, and
+    to ``end`` what is behind all blocks. Totals of the first ``counted`` blocks are read.
     """
     part, head, row = pl.program_id(0), pl.program_id(1), pl.program_id(2)
     columns = pl.ds(part * _PART, _PART)
-    blocks = plan.blocks
 
     def group(number: Array, state: Array) -> Array:
         places = [number * _AHEAD + index for index in range(_AHEAD)]
-        blocks_at = [blocks - 1 - place if backwards else place for place in places]
-        here = [place < blocks for place in places]
+        blocks = [plan.blocks - 1 - place if backwards else place for place in places]
         # All reads before the first store: none would pass it.
         found = []
-        for at, some in zip(blocks_at, here, strict=True):
-            mask = jnp.broadcast_to(some, (_PART,))
-            total = plgpu.load(inputs["totals"].at[row, head, at, columns], mask=mask, other=0.0)
+        for place, block in zip(places, blocks, strict=True):
+            mask = jnp.broadcast_to(place < counted, (_PART,))
+            total = plgpu.load(inputs["totals"].at[row, head, block, columns], mask=mask, other=0.0)
             kept = None
             if "survives" in inputs:
-                kept = plgpu.load(inputs["survives"].at[row, at], mask=some, other=1)
-            found.append((total, kept, mask))
-        for at, (total, kept, mask) in zip(blocks_at, found, strict=True):
-            states = outputs["states"]
-            plgpu.store(states.at[row, head, at, columns], state.astype(states.dtype), mask=mask)
+                kept = plgpu.load(inputs["survives"].at[row, block], mask=place < plan.blocks, other=1)
+            found.append((total, kept))
+        for place, block, (total, kept) in zip(places, blocks, found, strict=True):
+            states, mask = outputs["states"], jnp.broadcast_to(place < plan.blocks, (_PART,))
+            plgpu.store(states.at[row, head, block, columns], state.astype(states.dtype), mask=mask)
             state = total + (state if kept is None else jnp.where(kept != 0, state, 0.0))
         return state
 
@@ -185,22 +199,42 @@ def prefix(plan: Plan, inputs: Refs, outputs: Refs, *, backwards: bool) -> None:
         state = plgpu.load(inputs["start"].at[row, head, columns])
     else:
         state = jnp.zeros((_PART,), jnp.float32)
-    state = jax.lax.fori_loop(0, -(-blocks // _AHEAD), group, state)
+    state = jax.lax.fori_loop(0, -(-plan.blocks // _AHEAD), group, state)
     plgpu.store(outputs["end"].at[row, head, columns], state)
 
 
-def launch(kernel: Any, plan: Plan, shape: Shape, inputs: Refs, outputs: Refs) -> Any:
-    """Runs ``totals``, ``outputs``, ``reads`` or ``writes``; ``outputs`` holds shapes and dtypes."""
+def launch(
+    kernel: Any, plan: Plan, shape: Shape, inputs: Refs, outputs: Refs, taken: int | None = None
+) -> Any:
+    """Runs ``totals``, ``outputs``, ``reads`` or ``writes``; ``outputs`` holds shapes and dtypes.
+
+    Programs take the first ``taken`` blocks, all if None.
+    """
     batch, _, heads, _ = inputs["values"].shape
 
     def body(ins: Refs, outs: Refs) -> None:
         kernel(plan, shape, ins, outs)
 
-    return _call(body, plan, f"outer_{kernel.__name__}", (heads, plan.blocks, batch), shape, inputs, outputs)
+    grid = (heads, plan.blocks if taken is None else taken, batch)
+    return _call(body, plan, f"outer_{kernel.__name__}", grid, shape, inputs, outputs)
+
+
+def totals_of(plan: Plan, inputs: Refs, wanted: jax.ShapeDtypeStruct, counted: int) -> Array:
+    """What ``totals`` finds of the first ``counted`` blocks; those of others are undefined."""
+    if not counted:
+        return jnp.zeros(wanted.shape, wanted.dtype)
+    return launch(totals, plan, plan.tiling.totals, inputs, {"totals": wanted}, counted)["totals"]
 
 
 def launch_prefix(
-    plan: Plan, totals: Array, start: Array | None, survives: Array | None, dtype: Any, *, backwards: bool
+    plan: Plan,
+    totals: Array,
+    start: Array | None,
+    survives: Array | None,
+    dtype: Any,
+    *,
+    counted: int | None = None,
+    backwards: bool = False,
 ) -> tuple[Array, Array]:
     """(states ``[b, h, blocks, 2, d, m]`` in ``dtype``, float32 end ``[b, h, 2, d, m]``) of ``prefix``."""
     batch, heads, blocks, *state = totals.shape
@@ -216,7 +250,7 @@ def launch_prefix(
     }
 
     def body(ins: Refs, outs: Refs) -> None:
-        prefix(plan, ins, outs, backwards=backwards)
+        prefix(plan, ins, outs, counted=plan.blocks if counted is None else counted, backwards=backwards)
 
     grid = (width // _PART, heads, batch)
     found = _call(body, plan, "outer_prefix", grid, Shape(warps=_PART // 128), inputs, wanted)

@@ -1,4 +1,4 @@
-"""Where a program of the outer memory's kernels is: its head, row and block; what it loads and stores there."""
+"""Where a program of the outer memory's kernels is: head, row and block; what it loads and stores there."""
 
 import math
 from typing import Any, NamedTuple
@@ -9,9 +9,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
-from holo_jax.kernels.triton_program import sin_cos
+from holo_jax.kernels.triton_program import sin_cos, sin_cos_near
 
 Pair = tuple[Array, Array]
+# Radians of a unit of int16 phases.
+_UNIT = 2.0 * math.pi / 2**16
 
 
 class Shape(NamedTuple):
@@ -135,37 +137,47 @@ class Program:
         return plgpu.load(view, mask=jnp.broadcast_to(chunk.inside[:, None], view.shape), other=0)
 
     def gates(self, chunk: Chunk) -> Array | None:
-        """``[chunk, 1]``, or None without gates."""
+        """``[chunk, 1]`` of ``[b, h, t]``, or None without gates."""
         if "gates" not in self.refs:
             return None
-        view = self.refs["gates"].at[self.row, pl.ds(chunk.start, self.shape.chunk), self.head]
+        view = self.refs["gates"].at[self.row, self.head, pl.ds(chunk.start, self.shape.chunk)]
         found = plgpu.load(view) if chunk.inside is None else plgpu.load(view, mask=chunk.inside, other=0)
         return found[:, None]
 
     def store(self, ref: Any, chunk: Chunk, x: Array) -> None:
-        """Stores ``[chunk, width]`` or ``[chunk]`` of the head; nothing past the end of the row."""
-        index: Any = (self.row, pl.ds(chunk.start, self.shape.chunk), self.head)
-        mask = chunk.inside
-        if x.ndim == 2:
-            index = (*index, slice(None))
-            mask = None if mask is None else jnp.broadcast_to(mask[:, None], x.shape)
-        plgpu.store(ref.at[index], x.astype(ref.dtype), mask=mask)
+        """Stores ``[chunk, width]`` of the head; nothing past the end of the row."""
+        mask = None if chunk.inside is None else jnp.broadcast_to(chunk.inside[:, None], x.shape)
+        view = ref.at[self.row, pl.ds(chunk.start, self.shape.chunk), self.head, :]
+        plgpu.store(view, x.astype(ref.dtype), mask=mask)
+
+    def store_gates(self, ref: Any, chunk: Chunk, x: Array) -> None:
+        """Stores ``[chunk]`` of ``[b, h, t]``; nothing past the end of the row."""
+        view = ref.at[self.row, self.head, pl.ds(chunk.start, self.shape.chunk)]
+        plgpu.store(view, x, mask=chunk.inside)
 
     def features(self, phases: Array, gates: Array | None, dtype: Any) -> Pair:
-        """``cos`` and ``sin`` of phases over ``sqrt(m)``, times gates, rounded once."""
+        """``cos`` and ``sin`` of phases over ``sqrt(m)``, times gates, rounded once.
+
+        Phases are float32 radians or int16 units of 2^-16 turns.
+        """
         factor = self.scale if gates is None else self.scale * gates
 
         def turned(_: Any, __: Any) -> Pair:
-            sine, cosine = sin_cos(phases, not self.plan.interpret)
+            if phases.dtype == jnp.float32:
+                sine, cosine = sin_cos(phases, not self.plan.interpret)
+            else:
+                sine, cosine = sin_cos_near(_UNIT * phases.astype(jnp.float32), not self.plan.interpret)
             return (factor * cosine).astype(dtype), (factor * sine).astype(dtype)
 
-        # In a loop of one turn: compilers would work out a transposed operand from transposed phases once more.
+        # In a loop of one turn: a transposed operand would be worked out once more, from transposed phases.
         zero = jnp.zeros(phases.shape, dtype)
         return jax.lax.fori_loop(0, 1, turned, (zero, zero))
 
     def state(self, ref: Any) -> Pair:
         """``[d, m]`` of cosines and of sines before (or after) the block, float32."""
-        cosine, sine = (plgpu.load(ref.at[self.row, self.head, self.block, jnp.int32(part)]) for part in (0, 1))
+        cosine, sine = (
+            plgpu.load(ref.at[self.row, self.head, self.block, jnp.int32(part)]) for part in (0, 1)
+        )
         return cosine.astype(jnp.float32), sine.astype(jnp.float32)
 
     def put_state(self, ref: Any, state: Pair) -> None:

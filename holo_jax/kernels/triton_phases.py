@@ -1,5 +1,7 @@
 """Kernels from raw phases and gates to features: two short convolutions, sine and cosine, in one pass.
 
+Or to phases in units of 2^-16 turns, a quarter of the bytes of features, for kernels that make their own.
+
 A program owns one head of one row and walks a stretch of time in ``rows`` runs of ``steps`` positions. A run
 is walked position by position with the last few phases in registers, so a convolution costs no further reads
 but a few positions at the border of a run. What a position needs is asked for a few positions earlier: reads
@@ -18,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
-from holo_jax.kernels.triton_program import sin_cos
+from holo_jax.kernels.triton_program import sin_cos, turn_units
 
 
 class Walk(NamedTuple):
@@ -31,6 +33,7 @@ class Walk(NamedTuple):
       steps: positions of a run.
       ahead: positions for which reads are under way.
       gated: whether the first gate multiplies the features of write phases.
+      turns: whether phases are given in units of 2^-16 turns, not as features.
       interpret: run in Pallas' interpreter, anywhere.
     """
 
@@ -40,6 +43,7 @@ class Walk(NamedTuple):
     steps: int = 32
     ahead: int = 4
     gated: bool = False
+    turns: bool = False
     interpret: bool = False
 
 
@@ -163,6 +167,8 @@ def forward(
 ) -> tuple[Array, Array, tuple[Array, ...]]:
     """Features of write and read phases, ``[b, t, 2 w]``, heads side by side, and gates ``[b, h, t]``.
 
+    Of a walk with ``turns``, int16 phases ``[b, t, w]`` in place of features.
+
     Args:
       walk: shape of a program.
       raw: float32 ``[b, t, w + g h]`` or wider: raw phases, then g raw gates a head, those of one kind side
@@ -198,14 +204,20 @@ def forward(
                 place.store_gate(outs["gates"][kind], times, gate)
             scales = (scale * opened[0][:, None] if walk.gated else scale, scale)
             for own, size, out in zip(weights, scales, (outs["keys"], outs["queries"]), strict=True):
-                sine, cosine = sin_cos(_convolved(own, shifted), not walk.interpret)
+                convolved = _convolved(own, shifted)
+                if walk.turns:
+                    place.store(out, times, place.columns, turn_units(convolved, not walk.interpret))
+                    continue
+                sine, cosine = sin_cos(convolved, not walk.interpret)
                 place.store(out, times, place.cosines, size * cosine)
                 place.store(out, times, place.cosines + walk.m, size * sine)
             return seen[: k - 1], later
 
         jax.lax.fori_loop(0, walk.steps, visit, _begin(place, ins["raw"], read))
 
-    shape = jax.ShapeDtypeStruct((b, t, 2 * width), dtype)
+    shape = jax.ShapeDtypeStruct((b, t, width), jnp.int16)
+    if not walk.turns:
+        shape = jax.ShapeDtypeStruct((b, t, 2 * width), dtype)
     gate = jax.ShapeDtypeStruct((b, heads, t), jnp.float32)
     found = pl.pallas_call(
         kernel,
@@ -230,7 +242,8 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of ``raw`` in the dtype of ``d_keys``, and of ``taps`` and ``bias`` in float32.
 
-    That of the columns that are ignored is 0.
+    That of the columns that are ignored is 0. Of a walk with ``turns``, ``d_keys`` and ``d_queries`` are
+    gradients of phases, by radians.
     """
     b, t, _ = raw.shape
     width, (count, heads) = taps.shape[-1], bias.shape
@@ -248,9 +261,9 @@ def backward(
 
         def read(step: Any) -> Any:
             times = place.start + step
+            starts = (place.columns,) if walk.turns else (place.cosines, place.cosines + walk.m)
             d_features = tuple(
-                tuple(place.load(source, times, place.cosines + part * walk.m) for part in (0, 1))
-                for source in ins["d_features"]
+                tuple(place.load(source, times, start) for start in starts) for source in ins["d_features"]
             )
             d_opened = tuple(place.load_gate(ref, times) for ref in ins["d_gates"])
             phases = place.load(ins["raw"], times, place.columns)
@@ -268,10 +281,13 @@ def backward(
             opened, d_opened = gates.opened(loaded), list(d_opened)
             # Gradients of this position and of the k - 1 before it.
             adding, sums = [zero, *open_], list(sums)
-            for which, (own, (d_cosine, d_sine)) in enumerate(zip(weights, d_features, strict=True)):
-                sine, cosine = sin_cos(_convolved(own, shifted), not walk.interpret)
-                d_cosine, d_sine = d_cosine.astype(jnp.float32), d_sine.astype(jnp.float32)
-                pull = scale * (cosine * d_sine - sine * d_cosine)
+            for which, (own, pulls) in enumerate(zip(weights, d_features, strict=True)):
+                if walk.turns:
+                    pull = pulls[0].astype(jnp.float32)
+                else:
+                    d_cosine, d_sine = (x.astype(jnp.float32) for x in pulls)
+                    sine, cosine = sin_cos(_convolved(own, shifted), not walk.interpret)
+                    pull = scale * (cosine * d_sine - sine * d_cosine)
                 if walk.gated and which == 0:
                     pull = opened[0][:, None] * pull
                     along = jnp.sum(cosine * d_cosine + sine * d_sine, axis=1)

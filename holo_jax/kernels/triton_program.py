@@ -90,8 +90,25 @@ def sin_cos(phases: Array, approximate: bool) -> tuple[Array, Array]:
     """Sine and cosine of float32 phases, within 7e-7 for |phase| up to 1e4."""
     if not approximate:
         return sin_cos_reduced(phases, jnp.floor(phases * _TURNS + 0.5))
-    reduced = _instruction(_REDUCE, phases)
-    return _instruction("sin.approx.f32 $0, $1;", reduced), _instruction("cos.approx.f32 $0, $1;", reduced)
+    return sin_cos_near(_instruction(_REDUCE, phases), approximate)
+
+
+def sin_cos_near(phases: Array, approximate: bool) -> tuple[Array, Array]:
+    """``sin_cos`` of phases between -pi and pi."""
+    if not approximate:
+        return sin_cos_reduced(phases, jnp.zeros_like(phases))
+    return _instruction("sin.approx.f32 $0, $1;", phases), _instruction("cos.approx.f32 $0, $1;", phases)
+
+
+def turn_units(phases: Array, approximate: bool) -> Array:
+    """float32 phases modulo a turn in units of 2^-16 turns, int16, rounded to the nearest."""
+    if approximate:
+        reduced = _instruction(_REDUCE, phases) * _TURNS
+    else:
+        reduced = phases * _TURNS
+        reduced = reduced - jnp.floor(reduced + 0.5)
+    # Half a turn is 2^15, which wraps around to -2^15: the same phase.
+    return jnp.floor(reduced * 2.0**16 + 0.5).astype(jnp.int32).astype(jnp.int16)
 
 
 def reciprocal(x: Array, approximate: bool) -> Array:

@@ -1,8 +1,9 @@
 """The memory mixer in training on one GPU: the same mathematics as ``MemoryMixer``, with fewer passes.
 
 Phases become features of keys in the kernel that convolves them (``kernels.block``), the memory's kernel
-reads those, and norm, gate and output map follow in one piece. It covers reading whole sequences by content
-into an outer memory whose kernel is chosen for them; everything else is ``MemoryMixer``'s own.
+reads those, and norm, gate and output map follow in one piece; our own kernels of the sum make features
+themselves (``kernels.convolved_sum``). It covers reading whole sequences by content into an outer memory
+whose kernel is chosen for them; everything else is ``MemoryMixer``'s own.
 """
 
 from typing import Any
@@ -50,9 +51,13 @@ def unsupported(mixer: MemoryMixer, x: Array, context: Context) -> str | None:
     if x.dtype != jnp.dtype(config.precision.storage):
         return f"x has dtype {x.dtype}; it must be {config.precision.storage}"
     reason = kernels.block.mixer_unsupported(x, config.key_dim, config.head_dim)
-    if reason is None and kernels.choose(_call(mixer, x, context), config.memory_backend) != "hopper":
-        reason = "the memory has no kernel that reads features here"
+    if reason is None and _kernel(mixer, x, context) not in ("hopper", "triton_outer"):
+        reason = "the memory has no kernel that reads features or phases here"
     return reason
+
+
+def _kernel(mixer: MemoryMixer, x: Array, context: Context) -> str:
+    return kernels.choose(_call(mixer, x, context), mixer.config.memory_backend)
 
 
 def _call(mixer: MemoryMixer, x: Array, context: Context) -> Call:
@@ -113,21 +118,24 @@ def _mix(mixer: MemoryMixer, context: Context, values: Array, gate: Array, raw: 
     taps = config.phase_scale * jnp.stack([mixer.write_taps[...], mixer.read_taps[...]])
     inside = None if context.segment_ids is None else context.inside.astype(jnp.int32)
     bias = jnp.stack([_bias(mixer.write), _bias(mixer.erase)] if config.erase else [_bias(mixer.write)])
-    # A sum takes its write gates in the keys: a pass over the values less each way. The delta rule cannot.
-    folded = not config.erase
-    keys, queries, opened = kernels.block.convolved_features(
-        raw, taps, bias, inside, m=m, dtype=values.dtype, gated=folded
-    )
-    gates, *rest = (jnp.swapaxes(gate, 1, 2) for gate in opened)
-    call = _call(mixer, values, context)._replace(
-        values=values.reshape(b, t, h, -1), gates=gates, erase=gates * rest[0] if rest else None
-    )
-    retrieved, _ = hopper.accumulate_features(
-        keys, queries, call, scaled=kernels.block.scaled_heads, gated=folded, final=False
-    )
+    heads = values.reshape(b, t, h, -1)
+    if _kernel(mixer, values, context) == "triton_outer":
+        retrieved, opened = kernels.convolved_sum(raw, taps, bias, heads, inside, context.segment_ids)
+    else:
+        # A sum takes its write gates in the keys, a pass over the values less each way; the delta rule cannot.
+        folded = not config.erase
+        keys, queries, (opened, *rest) = kernels.block.convolved_features(
+            raw, taps, bias, inside, m=m, dtype=values.dtype, gated=folded
+        )
+        gates = jnp.swapaxes(opened, 1, 2)
+        erase = gates * jnp.swapaxes(rest[0], 1, 2) if rest else None
+        call = _call(mixer, values, context)._replace(values=heads, gates=gates, erase=erase)
+        retrieved, _ = hopper.accumulate_features(
+            keys, queries, call, scaled=kernels.block.scaled_heads, gated=folded, final=False
+        )
     factors = None
     if config.read_scale == "sqrt_writes":
-        factors = kernels.block.write_factors(opened[0], inside)
+        factors = kernels.block.write_factors(opened, inside)
     return kernels.block.gated_product(
         retrieved, factors, gate, mixer.head_norm.weight[...], mixer.out.whole_weight, eps=config.norm_eps
     )
