@@ -1,7 +1,7 @@
 """The outer memory without erase from raw phases: what a mixer's maps give, to what it retrieves.
 
-One kernel convolves raw phases, and hands write and read phases on in units of 2^-16 turns (angles are off by at
-most 4.8e-5, far less than a 16-bit feature, for half of its bytes). The kernels of ``triton_outer`` make
+One kernel convolves raw phases, and hands write and read phases on in units of 2^-16 turns (angles are off by
+at most 4.8e-5, far less than a 16-bit feature, for half of its bytes). The kernels of ``triton_outer`` make
 features of them, multiply keys by their gates, and give the gradients of phases, which the convolution's
 backward kernel reads.
 """

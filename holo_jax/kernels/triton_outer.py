@@ -118,8 +118,7 @@ def forward(
     Args:
       plan: how the call is cut.
       inputs: ``write`` and ``read`` phases ``[b or 1, t, h, m]``, float32 radians or int16 units of 2^-16
-        turns; ``values``; where there are any, float32 ``gates`` ``[b, h, t]`` and ``start``, the state before
-        the row.
+        turns; ``values``; if any, float32 ``gates`` ``[b, h, t]``, and ``start``, the first state.
       runs: run indices of packed rows, or None.
       final: whether the state after the row is wanted; None without.
     """

@@ -122,7 +122,7 @@ def _mix(mixer: MemoryMixer, context: Context, values: Array, gate: Array, raw: 
     if _kernel(mixer, values, context) == "triton_outer":
         retrieved, opened = kernels.convolved_sum(raw, taps, bias, heads, inside, context.segment_ids)
     else:
-        # A sum takes its write gates in the keys, a pass over the values less each way; the delta rule cannot.
+        # A sum takes its write gates in the keys: a pass over values less each way. The delta rule cannot.
         folded = not config.erase
         keys, queries, (opened, *rest) = kernels.block.convolved_features(
             raw, taps, bias, inside, m=m, dtype=values.dtype, gated=folded
