@@ -56,7 +56,9 @@ __all__ = [
 
 _KERNELS = {"hopper": hopper, "triton": triton, "triton_outer": triton_outer}
 # A kernel joins when it has been equal to the definition, and faster, on hardware; the fastest comes first.
-AUTOMATIC = ("hopper", "triton", "triton_outer")
+AUTOMATIC = ("triton_outer", "hopper", "triton")
+# Parts of a sequence are cheapest where their maps are found before their outputs.
+_OF_PARTS = ("hopper", "triton", "triton_outer")
 BACKENDS = ("auto", "ensemble", "portable", *_KERNELS)
 
 
@@ -83,8 +85,8 @@ def available() -> tuple[Backend, ...]:
     return tuple(found)
 
 
-def choose(call: Call, backend: str = "auto") -> str:
-    """The backend that will run ``call``.
+def choose(call: Call, backend: str = "auto", automatic: tuple[str, ...] = AUTOMATIC) -> str:
+    """The backend that will run ``call``; ``auto`` picks among ``automatic``.
 
     Raises:
       ValueError: for an unknown backend.
@@ -103,7 +105,9 @@ def choose(call: Call, backend: str = "auto") -> str:
         return backend
     # A kernel works in whole chunks, so on less than one it only adds work.
     long_enough = call.values.shape[1] >= 64
-    names = AUTOMATIC if long_enough else ()
+    names = automatic if long_enough else ()
+    if not triton_outer.measured(call):
+        names = tuple(name for name in names if name != "triton_outer")
     return next((name for name in names if _KERNELS[name].unsupported(call) is None), "portable")
 
 
@@ -167,7 +171,7 @@ def accumulate_parts(
       BackendUnavailableError: if a kernel named by ``backend`` cannot run a part.
     """
     inputs = (write_phases, read_phases, values, gates, erase)
-    chosen = choose(Call(*inputs, **options), backend)
+    chosen = choose(Call(*inputs, **options), backend, _OF_PARTS)
     chained = _hopper_parts if chosen == "hopper" else None
     run = partial(accumulate, backend=backend)
     outputs, before, after = _parts(run, axis, *inputs, chained=chained, **options)

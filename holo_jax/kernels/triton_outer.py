@@ -24,6 +24,12 @@ from holo_jax.kernels.triton_outer_program import Plan, Shape, Tiling
 
 COVERS = "outer memory without erase on NVIDIA GPUs of compute capability 8.0 or higher, 16-bit values"
 _WIDTHS = (16, 32, 64, 128)
+_LARGEST = 8192
+# m d of the heads that were timed; larger states leave registers.
+MEASURED_STATE = 2048
+# Positions of a block, and programs that fill a large device (measured on an H100: docs/log.md, 2026-11-28).
+_BLOCKS = (1024, 512, 256)
+_PROGRAMS = 448
 
 
 def missing() -> str | None:
@@ -54,11 +60,18 @@ def unsupported(call: Call) -> str | None:
     for name, width in (("m", m), ("d", d)):
         if width not in _WIDTHS:
             return f"{name} is {width}; it must be one of {', '.join(map(str, _WIDTHS))}"
+    if m * d > _LARGEST:
+        return f"m is {m} and d is {d}; m times d must be at most {_LARGEST}"
     if b * t * h * max(m, d) >= 2**31:
         return f"values or phases have {b * t * h * max(m, d)} elements; they must have fewer than 2^31"
     if partitioned():
         return "the computation spans several devices; call it inside jax.shard_map"
     return None
+
+
+def measured(call: Call) -> bool:
+    """Whether heads are of a size that was timed. Expects a well-formed call."""
+    return call.write_phases.shape[-1] * call.values.shape[-1] <= MEASURED_STATE
 
 
 def accumulate(
@@ -73,7 +86,7 @@ def accumulate(
     """
     t, d = call.values.shape[1], call.values.shape[-1]
     m = call.write_phases.shape[-1]
-    plan = Plan(tiling or tiling_of(m, d), t, m, d, interpret)
+    plan = Plan(tiling or tiling_of(call.values, m), t, m, d, interpret)
     inputs: dict[str, Array] = {"write": call.write_phases, "read": call.read_phases, "values": call.values}
     if call.gates is not None:
         inputs["gates"] = jnp.swapaxes(call.gates.astype(jnp.float32), 1, 2)
@@ -87,11 +100,17 @@ def accumulate(
     return outputs.astype(jnp.float32), MemoryState(memory, jnp.zeros_like(memory), total_writes(call))
 
 
-def tiling_of(m: int, d: int) -> Tiling:
-    """Shapes of the programs for heads of m phasors and d channels."""
-    # Larger states need more registers than four warps have.
-    warps = 4 if m * d <= 2048 else 8
-    return Tiling(512, *(Shape(64, warps, 2),) * 4)
+def tiling_of(values: Array, m: int, largest: int = _BLOCKS[0]) -> Tiling:
+    """Shapes of the programs for values ``[b, t, h, d]`` and heads of m phasors, blocks up to ``largest``."""
+    b, t, h, d = values.shape
+    blocks = [block for block in _BLOCKS if block <= largest]
+    filling = (block for block in blocks if b * h * -(-t // block) >= _PROGRAMS)
+    if m * d > MEASURED_STATE:
+        shape = Shape(32, 8, 1)
+    else:
+        # Other devices have registers and shared memory for less at a time.
+        shape = Shape(64, 4, 3) if compute_capability() == (9, 0) else Shape(32, 4, 1)
+    return Tiling(next(filling, blocks[-1]), shape, shape, shape, shape)
 
 
 def _segments(plan: Plan, runs: Array | None) -> tuple[dict[str, Array], Array | None]:

@@ -7,7 +7,7 @@ import pytest
 
 from holo_jax import kernels
 from holo_jax.functional import MemoryState, accumulate
-from holo_jax.kernels import BackendUnavailableError, hopper, triton
+from holo_jax.kernels import BackendUnavailableError, hopper, triton, triton_outer
 from holo_jax.kernels.call import Call, total_writes
 from holo_jax.kernels.linear_cross_entropy import unsupported as loss_unsupported
 from holo_jax.kernels.swiglu import unsupported as swiglu_unsupported
@@ -133,12 +133,14 @@ def test_hopper_is_chosen_only_for_what_it_supports(monkeypatch, change, reason)
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9)])
 def test_what_ampere_and_ada_run(monkeypatch, capability):
-    """The elementwise memory by our kernel; the outer one, denoiser and loss as products of XLA."""
+    """Both memories by our kernels; with erase, denoiser and loss as products of XLA."""
     hopper_present(monkeypatch, capability)
-    monkeypatch.setattr(triton, "compute_capability", lambda: capability)
-    monkeypatch.setattr(triton, "partitioned", lambda: False)
+    for module in (triton, triton_outer):
+        monkeypatch.setattr(module, "compute_capability", lambda: capability)
+        monkeypatch.setattr(module, "partitioned", lambda: False)
     phases, _, values, gates, erase, *_ = arguments(jnp.bfloat16)
     assert kernels.choose(Call(phases, phases, values, gates, erase, "outer")) == "portable"
+    assert kernels.choose(Call(phases, phases, values, gates, None, "outer")) == "triton_outer"
     wide = jnp.zeros(values.shape, jnp.float32)
     assert kernels.choose(Call(wide, wide, values, gates, None, "hadamard")) == "triton"
     x, matrix = jnp.zeros((2, 64, 256), jnp.bfloat16), jnp.zeros((256, 512))
