@@ -15,9 +15,9 @@ from eval.common import Reporter
 from eval.results import absent, exact
 from eval.speed_parts.gate import errors
 from eval.speed_parts.timing import failure
-from holo_jax.functional import retrieval_scale
+from holo_jax.functional import accumulate, retrieval_scale
 from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
-from holo_jax.kernels import block, linear_cross_entropy, swiglu, swiglu_runs
+from holo_jax.kernels import block, convolved_sum, linear_cross_entropy, swiglu, swiglu_runs
 from holo_jax.sequence import short_convolutions, with_tail
 
 # 16-bit operands and results: plain products in bfloat16 are off by up to 8e-3 on these inputs.
@@ -239,6 +239,34 @@ def features_case(rng: np.random.Generator, *, gated: bool = False) -> tuple[Cal
     return measured, wanted, inputs
 
 
+def sum_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
+    """The outer memory without erase from raw phases and gates, in packed rows of an odd length."""
+    heads, m, taps, time = 2, 32, 4, 333
+    inputs = {"raw": rng.normal(size=(2, time, heads * m + heads + 2))}
+    inputs["taps"] = rng.normal(size=(2, taps, heads * m))
+    inputs["bias"] = rng.normal(size=(1, heads))
+    inputs["values"] = rng.normal(size=(2, time, heads, 64))
+    ids = np.stack([np.arange(time) // 171, np.arange(time) // 61])
+    inside = np.stack([np.arange(time) % 171, np.arange(time) % 61]).astype(np.uint32)
+    cotangents = [_rounded(rng.normal(size=inputs["values"].shape)), rng.normal(size=(2, heads, time))]
+
+    def measured(p: dict) -> Any:
+        borders = jnp.asarray(inside, jnp.int32), jnp.asarray(ids, jnp.int32)
+        found = convolved_sum(p["raw"], p["taps"], p["bias"], p["values"].astype(jnp.bfloat16), *borders)
+        return _weighted(found, cotangents), _flat(*found)
+
+    def wanted(p: dict) -> Any:
+        phases, raw_gates = jnp.split(p["raw"], heads * m + heads * np.arange(2), axis=-1)[:2]
+        convolved = short_convolutions(with_tail(phases, taps - 1), tuple(p["taps"]), jnp.asarray(inside))
+        write, read = (x.reshape(2, time, heads, m) for x in convolved)
+        gates = jax.nn.sigmoid(raw_gates + p["bias"][None])
+        options = dict(binding="outer", method="recurrent", segment_ids=jnp.asarray(ids))
+        found = accumulate(write, read, p["values"], gates, **options)[0], jnp.swapaxes(gates, 1, 2)
+        return _weighted(found, cotangents), _flat(*found)
+
+    return measured, wanted, inputs
+
+
 def gated_features_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
     """The same with the write gate in the keys, as the plain sum takes them."""
     return features_case(rng, gated=True)
@@ -276,6 +304,7 @@ def cases() -> dict[str, Callable]:
     if block.mixer_unsupported(rows, 32, 64) is None:
         found |= {"retrieval": retrieval_case, "factors": factors_case}
         found |= {"features": features_case, "gated features": gated_features_case, "scale": scale_case}
+        found["sum"] = sum_case
     return found
 
 

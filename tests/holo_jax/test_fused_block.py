@@ -73,18 +73,27 @@ def test_the_gate_passes_in_the_interpreter(interpreted, monkeypatch):
         "features",
         "gated features",
         "scale",
+        "sum",
     ]
     found = block_gate.cases()
     monkeypatch.setattr(block_gate, "cases", lambda: {name: found[name] for name in names})
     reporter = Reporter("speed", Settings(), (0,), out=None, command="")
     assert block_gate.run(reporter, seed=0)
-    assert len(reporter.values) == 6 + 7 + 8 + 8 + 6 + 3 + 4 + 4 + 2
+    assert len(reporter.values) == 6 + 7 + 8 + 8 + 6 + 3 + 4 + 4 + 2 + 5
 
 
-@pytest.mark.parametrize("changes", [dict(erase=False), dict(preset="seed")])
-def test_a_model_is_the_same(interpreted, changes):
-    changes = {"preset": "holo", **changes}
-    preset = changes.pop("preset")
+@pytest.mark.parametrize(
+    "changes", [dict(erase=False), dict(erase=False, kernel="triton_outer"), dict(preset="seed")]
+)
+def test_a_model_is_the_same(interpreted, monkeypatch, changes):
+    changes = {"preset": "holo", "kernel": "hopper", **changes}
+    preset, kernel = changes.pop("preset"), changes.pop("kernel")
+    if kernel != "hopper":
+
+        def choose(call, backend):
+            return kernel if isinstance(call.values, jax.ShapeDtypeStruct) else "portable"
+
+        monkeypatch.setattr(kernels, "choose", choose)
     tokens = jax.random.randint(jax.random.key(1), (2, 32), 0, 64)
     found = {}
     for backend in ("portable", "auto"):
@@ -109,9 +118,11 @@ def test_a_model_is_the_same(interpreted, changes):
 
         step = jax.jit(jax.value_and_grad(loss)).trace(params)
         if backend == "auto":
-            assert str(step.jaxpr).count("name=norm_forward") == 3  # none of them twice
+            # None of them twice.
+            assert str(step.jaxpr).count("name=norm_forward") == 3
+            assert str(step.jaxpr).count("name=outer_outputs") == (kernel == "triton_outer")
         found[backend] = step.lower().compile()(params)
-    assert bool(interpreted) == (preset == "holo")
+    assert bool(interpreted) == (preset == "holo" and kernel == "hopper")
     for x, y in zip(jax.tree.leaves(found["auto"]), jax.tree.leaves(found["portable"]), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5 + 1e-4 * float(jnp.max(jnp.abs(y))))
 
