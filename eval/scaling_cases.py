@@ -19,7 +19,8 @@ class Case(NamedTuple):
       strong: 1 keeps the whole problem the same on one device, 0 the share of a device.
       remat, unroll, model, block: of the model; ``block`` is its ``block_backend``. What one device runs and
         a mesh does not (along ``seq`` and ``tensor``) is no loss of scaling: name there what both run.
-      reshard_after_forward, reduce_dtype, transport: of the mesh (``holo_jax.exchange``); 1 or 0, and names.
+      reshard_after_forward, reduce_dtype, transport, in_order: of the mesh (``holo_jax.exchange``); 1 or 0,
+        and names.
       joined: MiB up to which collectives are joined.
       overlap: 1 compiles as training does (``train.compilation``), 0 without its options.
       between: 1 measures powers of two between one device and all as well.
@@ -39,11 +40,13 @@ class Case(NamedTuple):
     reduce_dtype: str = "float32"
     transport: str = "collectives"
     joined: int = JOINED >> 20
+    in_order: int = 0
 
     @property
     def exchange(self) -> Exchange:
         """How its devices send."""
-        return Exchange(bool(self.reshard_after_forward), self.reduce_dtype, self.transport)
+        keep = bool(self.reshard_after_forward)
+        return Exchange(keep, self.reduce_dtype, self.transport, bool(self.in_order))
 
     def shape(self, devices: int, largest: int) -> tuple[int, int]:
         """Rows and tokens of the batch on ``devices`` devices, of at most ``largest``.
@@ -80,7 +83,7 @@ def parse_case(text: str) -> Case:
         options[key] = int(value) if kinds[key] is int else value
     case = Case(match[1], int(match[2]), **options)
     _ = case.exchange  # refuses what is none
-    for name in ("strong", "overlap", "between", "reshard_after_forward"):
+    for name in ("strong", "overlap", "between", "reshard_after_forward", "in_order"):
         if getattr(case, name) not in (0, 1):
             raise ValueError(f"case {text!r} has {name} {getattr(case, name)}; it must be 0 or 1")
     return case

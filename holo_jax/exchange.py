@@ -28,6 +28,8 @@ class Exchange:
       reduce_dtype: in which gradients are sent. ``"bfloat16"`` rounds what each device found, to 8 bits; by
         copies the sum is float32, by collectives it is rounded after every addition as well.
       transport: one of ``TRANSPORTS``.
+      in_order: whether gradients over ``data`` alone are summed in an order of their own, those of each part
+        of unrolled blocks while the part before it runs back (``holo_jax.parallel.summed_meanwhile``).
 
     Raises:
       ValueError: for another dtype or transport.
@@ -36,6 +38,7 @@ class Exchange:
     reshard_after_forward: bool = True
     reduce_dtype: str = "float32"
     transport: str = "collectives"
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         for name, choices in (("reduce_dtype", REDUCE_DTYPES), ("transport", TRANSPORTS)):

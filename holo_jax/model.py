@@ -296,12 +296,15 @@ class HoloModel(nnx.Module):
         """
         config = self.config
 
-        def body(period: Period, own_turns: Array | None, carried: tuple[Array, Array | None]) -> Any:
-            return period(*carried, context, own_turns, None)[:2]
+        def body(
+            period: Period, own_turns: Array | None, carried: tuple[Array, Array | None], signal: Array | None
+        ) -> Any:
+            return period(*carried, context._replace(signal=signal), own_turns, None)[:2]
 
         # Traced once, not once a period.
         run = jax.jit(_remat(body, config.remat, looped=False))
         carried: Any = (x, None)
+        signal = None
         used = [period for period, _ in parts] + [following]
         waits = sums_alone() and following is not None
         if sums_alone():
@@ -309,8 +312,8 @@ class HoloModel(nnx.Module):
         for index, (_, own_turns) in enumerate(parts):
             if waits:
                 name = "following" if index + 1 == len(parts) else f"period {index + 1}"
-                used[index + 1], carried = summed_meanwhile(used[index + 1], carried, name)
-            carried = run(used[index], own_turns, carried)
+                used[index + 1], carried, signal = summed_meanwhile(used[index + 1], carried, name)
+            carried = run(used[index], own_turns, carried, signal)
             if waits:
                 used[index + 1], carried = known_together(used[index + 1], carried)
         x, pending = carried

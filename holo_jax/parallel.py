@@ -294,13 +294,13 @@ _replicas.defvjp(_replicas_fwd, _replicas_bwd)
 
 
 def sums_alone() -> bool:
-    """Whether an ambient mesh divides rows over ``data`` and nothing else (``summed_meanwhile``)."""
+    """Whether gradients are summed in order: if asked for, over ``data`` alone (``summed_meanwhile``)."""
     mesh = ambient_mesh()
-    return mesh is not None and mesh.shape[DATA] == mesh.size
+    return _EXCHANGE.get().in_order and mesh is not None and mesh.shape[DATA] == mesh.size
 
 
-def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree]:
-    """Parameters once a device, ``[data, ...]``, and ``stream``, on a mesh that ``sums_alone``.
+def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree, Array]:
+    """Parameters once a device, ``[data, ...]``, ``stream`` and a signal, on a mesh that ``sums_alone``.
 
     Nothing is sent forward, and functions ``sharded`` by ``P(DATA)`` take their own. Going back the gradients
     of this tree are summed, joined with each other and nothing else, and what goes back through ``stream``
@@ -308,19 +308,24 @@ def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree]:
     ``known_together`` asks for its gradients first. Left to the compiler, sums follow the whole backward
     pass, with little beside them.
 
+    A sum beside a kernel with a program for every multiprocessor makes that take two rounds. So that part may
+    say with the signal (``signalled``) from where on sums may begin.
+
     Args:
       tree: arrays that are the same on every device, to be used later.
       stream: arrays between here and there; None where nothing is to wait.
       name: of this tree alone.
     """
     leaves, structure = jax.tree.flatten(tree)
-    parts, stream = _meanwhile(tuple(leaves), stream, name, _EXCHANGE.get())
-    return jax.tree.unflatten(structure, parts), stream
+    parts, stream, signal = _meanwhile(tuple(leaves), stream, name, _EXCHANGE.get())
+    return jax.tree.unflatten(structure, parts), stream, signal
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _meanwhile(leaves: tuple[Array, ...], stream: Tree, name: str, exchange: Exchange) -> Any:
-    return _each(leaves), stream
+    mesh = ambient_mesh()
+    assert mesh is not None
+    return _each(leaves), stream, jnp.zeros(mesh.shape[DATA])
 
 
 def _meanwhile_fwd(leaves: tuple[Array, ...], stream: Tree, name: str, exchange: Exchange) -> Any:
@@ -328,11 +333,44 @@ def _meanwhile_fwd(leaves: tuple[Array, ...], stream: Tree, name: str, exchange:
 
 
 def _meanwhile_bwd(name: str, exchange: Exchange, _: None, gradients: Any) -> Any:
-    parts, stream = gradients
-    return lax.optimization_barrier((_sums(parts, name, exchange), stream))
+    parts, stream, signal = gradients
+    return lax.optimization_barrier((_sums(_after(parts, signal), name, exchange), stream))
+
+
+def _after(parts: tuple[Array, ...], signal: Array) -> tuple[Array, ...]:
+    """Parts whose smallest, and with it all that are joined to it, waits for the signal.
+
+    A barrier would not do: the compiler drops what comes out of it unused. A large part alone does not wait.
+    """
+    least = min(range(len(parts)), key=lambda index: parts[index].size)
+
+    def own(part: Array, signal: Array) -> Array:
+        return jnp.where(jnp.isnan(signal[0]), signal[0], part)
+
+    if _large(parts[least][0]):
+        return parts
+    waiting = _over_data(lambda given: own(*given), P(DATA), P(DATA))((parts[least], signal))
+    return (*parts[:least], waiting, *parts[least + 1 :])
 
 
 _meanwhile.defvjp(_meanwhile_fwd, _meanwhile_bwd)
+
+
+@jax.custom_vjp
+def signalled(x: Array, signal: Array) -> Array:
+    """x as it is, inside ``sharded``; going back, its gradient being there is the signal, ``[1]``."""
+    return x
+
+
+def _signalled_fwd(x: Array, signal: Array) -> tuple[Array, None]:
+    return x, None
+
+
+def _signalled_bwd(_: None, gradient: Array) -> tuple[Array, Array]:
+    return gradient, jnp.ravel(gradient)[:1].astype(jnp.float32)
+
+
+signalled.defvjp(_signalled_fwd, _signalled_bwd)
 
 
 @jax.custom_vjp

@@ -8,8 +8,8 @@ other with nothing beside the first four; and what runs beside a collective is s
 at the full rate of the links, cost least. Where blocks are unrolled those of several layers are joined: up to
 ``JOINED`` bytes a step of two H200s takes 90.6 ms where 16 MiB took 95.6 (``docs/results/scaling_two``).
 
-Over ``data`` alone unrolled blocks say themselves in which order gradients are summed
-(``holo_jax.parallel.summed_meanwhile``). The compiler then has to begin a sum when it can, not just before
+Over ``data`` alone unrolled blocks can say themselves in which order gradients are summed
+(``Exchange.in_order``). The compiler then has to begin a sum when it can, not just before
 it is used; to let a second begin beside it, because that of the embedding is known last and is the longest;
 and not to join gradients by copying them into one array and out of it: NCCL takes many arrays at a time.
 
@@ -55,7 +55,7 @@ def compiler_options(
     if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
         return None
     found = overlapping(overlap, joined) | {"xla_gpu_use_memcpy_local_p2p": exchange.transport == "copies"}
-    if overlap and mesh.shape[DATA] == mesh.size and exchange.transport == "collectives":
+    if overlap and exchange.in_order and mesh.shape[DATA] == mesh.size:
         found |= _IN_ORDER
     return found
 

@@ -110,6 +110,7 @@ class MeshConfig:
     reshard_after_forward: bool = True
     reduce_dtype: str = "float32"
     transport: str = "collectives"
+    in_order: bool = False
 
     def __post_init__(self) -> None:
         _not_negative("mesh.", self, "devices")
@@ -123,7 +124,7 @@ class MeshConfig:
     @property
     def exchange(self) -> Exchange:
         """How devices send weights and gradients."""
-        return Exchange(self.reshard_after_forward, self.reduce_dtype, self.transport)
+        return Exchange(self.reshard_after_forward, self.reduce_dtype, self.transport, self.in_order)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
 from holo_jax.kernels import hopper
 from holo_jax.kernels.block import uses
 from holo_jax.kernels.capability import partitioned
-from holo_jax.parallel import DATA, ambient_mesh, layout, parameter_layout, sharded, tensor_axis, whole
+from holo_jax.parallel import DATA, layout, parameter_layout, sharded, sums_alone, tensor_axis, whole
 
 _DEPTH = 64
 
@@ -79,7 +79,7 @@ def linear_cross_entropy(
     at = P(DATA) if each else parameter_layout(axes)
     every = sharded(own, (layout("b t"), at, layout("b t")), layout("b t"))
     count = jnp.sum(targets != IGNORE)
-    if ambient_mesh() is not None:
+    if sums_alone():
         # Nobody reads it before the end of a step: its sum over devices would hold up others until then.
         targets, count = lax.optimization_barrier((targets, count))
     return jnp.sum(every(hidden, weights, targets)), count

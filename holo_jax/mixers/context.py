@@ -3,9 +3,10 @@
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
-from holo_jax.array_types import Array, Bool, Int, UInt32
-from holo_jax.parallel import layout
+from holo_jax.array_types import Array, Bool, Float, Int, UInt32
+from holo_jax.parallel import DATA, layout
 
 
 class Context(NamedTuple):
@@ -20,6 +21,8 @@ class Context(NamedTuple):
       padding: with a state, how many tokens at the beginning of each row are padding, which must leave
         the state as it is; None where none are.
       segment: with a state, the id of each row's segment before this call.
+      signal: where gradients of other blocks are summed meanwhile, what tells the sums that the memory's own
+        kernels have run back (``holo_jax.parallel.summed_meanwhile``), ``[data]``; else None.
     """
 
     inside: UInt32[Array, "b t"]
@@ -27,12 +30,14 @@ class Context(NamedTuple):
     continues: Bool[Array, "b"] | None = None
     padding: Int[Array, "b"] | None = None
     segment: Int[Array, "b"] | None = None
+    signal: Float[Array, "n"] | None = None
 
     @property
     def layout(self) -> Any:
         """Where each field lies on a mesh; see ``holo_jax.parallel.layout``."""
         rows = layout("_ t" if self.inside.shape[0] == 1 else "b t")
         every: tuple[Any, ...] = (rows, layout("b t"), layout("b"), layout("b"), layout("b"))
+        every += (P(DATA),)
         present = [at if field is not None else None for at, field in zip(every, self, strict=True)]
         return Context._make(present)
 

@@ -18,7 +18,7 @@ from holo_jax.kernels.call import Call
 from holo_jax.layers import Linear, Normalization
 from holo_jax.mixers.context import Context
 from holo_jax.mixers.memory import MemoryMixer
-from holo_jax.parallel import sequence_axis, whole
+from holo_jax.parallel import sequence_axis, signalled, whole
 
 # Rows of float32 begin at lines of memory, 128 bytes: off them features take a quarter longer; operands of
 # products off 16 bytes are copied.
@@ -115,6 +115,8 @@ def _mix(mixer: MemoryMixer, context: Context, values: Array, gate: Array, raw: 
     config = mixer.config
     b, t, _ = values.shape
     h, m = config.num_heads, config.key_dim
+    if context.signal is not None:
+        raw = signalled(raw, context.signal)
     taps = config.phase_scale * jnp.stack([mixer.write_taps[...], mixer.read_taps[...]])
     inside = None if context.segment_ids is None else context.inside.astype(jnp.int32)
     bias = jnp.stack([_bias(mixer.write), _bias(mixer.erase)] if config.erase else [_bias(mixer.write)])

@@ -108,7 +108,7 @@ def test_missing_field_is_named() -> None:
 
 def test_runs_from_before_a_field_was_there_are_read() -> None:
     values = plain()
-    for name in ("transport", "reduce_dtype", "reshard_after_forward"):
+    for name in ("transport", "reduce_dtype", "reshard_after_forward", "in_order"):
         del values["mesh"][name]
     assert RunConfig.from_dict(values) == RunConfig.from_dict(plain())
 
