@@ -84,7 +84,9 @@ def test_parts_on_gpus_equal_the_definition(packed: bool, time: int) -> None:
 
     arguments = (memory, write, read, values, gates, erase)
     exact = partial(whole, dtype=jnp.float32, run=accumulate)
-    want, one, several = (objective(run)(*arguments) for run in (exact, whole, parts))
+    # The package's own code promotes ranks.
+    with jax.numpy_rank_promotion("allow"):
+        want, one, several = (objective(run)(*arguments) for run in (exact, whole, parts))
     names = ["outputs", "memory", "residue", "writes"]
     names += [f"d_{name}" for name in ("memory", "write", "read", "values", "gates", "erase")]
     for name, x, y, z in zip(
