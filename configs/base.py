@@ -57,7 +57,7 @@ def get_config() -> ConfigDict:
     config.mesh.reshard_after_forward = True  # fsdp: gather weights again backward; False keeps them (ZeRO-2)
     config.mesh.reduce_dtype = "float32"  # in which gradients are sent; bfloat16 is half the bytes
     config.mesh.transport = "collectives"  # copies: by a GPU's copy engines, for devices of one process
-    config.mesh.in_order = False  # over data alone: sums of unrolled blocks beside the backward pass
+    config.mesh.in_order = True  # over data alone: sums of unrolled blocks beside the backward pass
 
     config.eval = ConfigDict()  # on held-out data
     config.eval.every_steps = 200  # 0: only at the end

@@ -40,7 +40,7 @@ class Case(NamedTuple):
     reduce_dtype: str = "float32"
     transport: str = "collectives"
     joined: int = JOINED >> 20
-    in_order: int = 0
+    in_order: int = 1
 
     @property
     def exchange(self) -> Exchange:

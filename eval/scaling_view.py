@@ -11,7 +11,7 @@ _USUAL = (
     ("reshard_after_forward", 1),
     ("reduce_dtype", "float32"),
     ("transport", "collectives"),
-    ("in_order", 0),
+    ("in_order", 1),
     ("joined", None),
 )
 _OF_A_PROGRAM = ("devices", "total_rows", "total_length")

@@ -110,7 +110,7 @@ class MeshConfig:
     reshard_after_forward: bool = True
     reduce_dtype: str = "float32"
     transport: str = "collectives"
-    in_order: bool = False
+    in_order: bool = True
 
     def __post_init__(self) -> None:
         _not_negative("mesh.", self, "devices")
