@@ -294,9 +294,10 @@ _replicas.defvjp(_replicas_fwd, _replicas_bwd)
 
 
 def sums_alone() -> bool:
-    """Whether gradients are summed in order: if asked for, over ``data`` alone (``summed_meanwhile``)."""
-    mesh = ambient_mesh()
-    return _EXCHANGE.get().in_order and mesh is not None and mesh.shape[DATA] == mesh.size
+    """Whether gradients are summed in order: by collectives, over ``data`` alone (``summed_meanwhile``)."""
+    mesh, exchange = ambient_mesh(), _EXCHANGE.get()
+    ordered = exchange.in_order and exchange.transport == "collectives"
+    return ordered and mesh is not None and mesh.shape[DATA] == mesh.size
 
 
 def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree, Array]:

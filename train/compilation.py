@@ -55,7 +55,8 @@ def compiler_options(
     if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
         return None
     found = overlapping(overlap, joined) | {"xla_gpu_use_memcpy_local_p2p": exchange.transport == "copies"}
-    if overlap and exchange.in_order and mesh.shape[DATA] == mesh.size:
+    ordered = exchange.in_order and exchange.transport == "collectives"
+    if overlap and ordered and mesh.shape[DATA] == mesh.size:
         found |= _IN_ORDER
     return found
 
