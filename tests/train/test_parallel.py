@@ -387,7 +387,7 @@ def test_parts_that_find_their_map_first_equal_one_device(monkeypatch: pytest.Mo
 
     want = jax.jit(gradient)(params, *batch)
     calls = install(monkeypatch)
-    monkeypatch.setattr("holo_jax.kernels.choose", lambda call, backend: "hopper")
+    monkeypatch.setattr("holo_jax.kernels.choose", lambda call, backend, automatic=(): "hopper")
     with jax.set_mesh(make_mesh(config.mesh)):
         # Another function, lest it find the trace of the first.
         got = jax.jit(lambda *inputs: gradient(*inputs))(params, *batch)
