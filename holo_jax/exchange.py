@@ -29,7 +29,7 @@ class Exchange:
         copies the sum is float32, by collectives it is rounded after every addition as well.
       transport: one of ``TRANSPORTS``.
       in_order: whether gradients over ``data`` alone are summed in an order of their own, those of each part
-        of unrolled blocks while the part before it runs back (``holo_jax.parallel.summed_meanwhile``); by
+        of unrolled blocks while the part before it runs back (``holo_jax.ordered_sums.summed_meanwhile``); by
         collectives only.
 
     Raises:

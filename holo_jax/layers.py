@@ -308,7 +308,7 @@ def lookup(
 ) -> Float[Array, "b t e"]:
     """Rows of an embedding table in ``dtype``; on a mesh each device looks in its part of the vocabulary.
 
-    The table may be given once a device (``holo_jax.parallel.summed_meanwhile``).
+    The table may be given once a device (``holo_jax.ordered_sums.summed_meanwhile``).
     """
 
     axes, each = ("vocab", "embed"), table.ndim == 3

@@ -24,6 +24,7 @@ from holo_jax.layers import (
 )
 from holo_jax.mixers import MIXERS, Context, fused_memory
 from holo_jax.mixers.memory import MemoryMixer
+from holo_jax.ordered_sums import known_together, summed_meanwhile, sums_alone
 from holo_jax.parallel import (
     DATA,
     GATHERED_NAME,
@@ -35,12 +36,9 @@ from holo_jax.parallel import (
     constrain,
     divides_tokens,
     gathering_again,
-    known_together,
     layout,
     parameter_layout,
     sharded,
-    summed_meanwhile,
-    sums_alone,
 )
 from holo_jax.sequence import (
     leading_padding,
@@ -114,7 +112,7 @@ class Block(nnx.Module):
         """One block on [b, t, e]; the state of its mixer in and out.
 
         ``pending`` is what the block before still has to add to x: where kernels norm, they also add.
-        Parameters may be given once a device (``parallel.summed_meanwhile``).
+        Parameters may be given once a device (``ordered_sums.summed_meanwhile``).
         """
         if state is not None or not divides_tokens():
             return self._run(x, pending, context, turns, state)
@@ -239,7 +237,7 @@ class HoloModel(nnx.Module):
         """The same, and ``following``, a matrix that is used after the blocks.
 
         Over ``data`` that matrix is returned once a device where blocks are unrolled
-        (``parallel.summed_meanwhile``): its gradient is summed while the last block runs back.
+        (``ordered_sums.summed_meanwhile``): its gradient is summed while the last block runs back.
         """
         config = self.config
         check_divides(*input_ids.shape)

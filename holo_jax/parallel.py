@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -108,6 +107,11 @@ def ambient_mesh() -> AbstractMesh | None:
     if mesh.empty or mesh.size == 1 or not set(MESH_AXES) <= set(mesh.axis_names):
         return None
     return None if AxisType.Manual in mesh.axis_types else mesh
+
+
+def ambient_exchange() -> Exchange:
+    """How the devices of the ambient mesh send (``on_mesh``)."""
+    return _EXCHANGE.get()
 
 
 def divides_tokens() -> bool:
@@ -279,7 +283,7 @@ def _summed_alone(leaf: Array, spec: P, mesh: AbstractMesh) -> bool:
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _replicas(weight: Array, spec: P, exchange: Exchange) -> Array:
     """``[data, ...]`` from a weight that is the same along ``data``: nothing is sent, its gradient is."""
-    return _over_data(lambda w: w[None], spec, P(DATA, *spec))(weight)
+    return over_data(lambda w: w[None], spec, P(DATA, *spec))(weight)
 
 
 def _replicas_fwd(weight: Array, spec: P, exchange: Exchange) -> tuple[Array, None]:
@@ -287,131 +291,19 @@ def _replicas_fwd(weight: Array, spec: P, exchange: Exchange) -> tuple[Array, No
 
 
 def _replicas_bwd(spec: P, exchange: Exchange, _: None, gradient: Array) -> tuple[Array]:
-    return (_over_data(lambda g: all_reduce(g[0], DATA, exchange), P(DATA, *spec), spec)(gradient),)
+    return (over_data(lambda g: all_reduce(g[0], DATA, exchange), P(DATA, *spec), spec)(gradient),)
 
 
 _replicas.defvjp(_replicas_fwd, _replicas_bwd)
 
 
-def sums_alone() -> bool:
-    """Whether gradients are summed in order: by collectives, over ``data`` alone (``summed_meanwhile``)."""
-    mesh, exchange = ambient_mesh(), _EXCHANGE.get()
-    ordered = exchange.in_order and exchange.transport == "collectives"
-    return ordered and mesh is not None and mesh.shape[DATA] == mesh.size
-
-
-def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree, Array]:
-    """Parameters once a device, ``[data, ...]``, ``stream`` and a signal, on a mesh that ``sums_alone``.
-
-    Nothing is sent forward, and functions ``sharded`` by ``P(DATA)`` take their own. Going back the gradients
-    of this tree are summed, joined with each other and nothing else, and what goes back through ``stream``
-    waits for the sums. So the part that lies between this call and the use of ``tree`` runs beside them, if
-    ``known_together`` asks for its gradients first. Left to the compiler, sums follow the whole backward
-    pass, with little beside them.
-
-    A sum beside a kernel with a program for every multiprocessor makes that take two rounds. So that part may
-    say with the signal (``signalled``) from where on sums may begin.
-
-    Args:
-      tree: arrays that are the same on every device, to be used later.
-      stream: arrays between here and there; None where nothing is to wait.
-      name: of this tree alone.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    parts, stream, signal = _meanwhile(tuple(leaves), stream, name, _EXCHANGE.get())
-    return jax.tree.unflatten(structure, parts), stream, signal
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _meanwhile(leaves: tuple[Array, ...], stream: Tree, name: str, exchange: Exchange) -> Any:
-    mesh = ambient_mesh()
-    assert mesh is not None
-    return _each(leaves), stream, jnp.zeros(mesh.shape[DATA])
-
-
-def _meanwhile_fwd(leaves: tuple[Array, ...], stream: Tree, name: str, exchange: Exchange) -> Any:
-    return _meanwhile(leaves, stream, name, exchange), None
-
-
-def _meanwhile_bwd(name: str, exchange: Exchange, _: None, gradients: Any) -> Any:
-    parts, stream, signal = gradients
-    return lax.optimization_barrier((_sums(_after(parts, signal), name, exchange), stream))
-
-
-def _after(parts: tuple[Array, ...], signal: Array) -> tuple[Array, ...]:
-    """Parts whose smallest, and with it all that are joined to it, waits for the signal.
-
-    A barrier would not do: the compiler drops what comes out of it unused. A large part alone does not wait.
-    """
-    least = min(range(len(parts)), key=lambda index: parts[index].size)
-
-    def own(part: Array, signal: Array) -> Array:
-        return jnp.where(jnp.isnan(signal[0]), signal[0], part)
-
-    if _large(parts[least][0]):
-        return parts
-    waiting = _over_data(lambda given: own(*given), P(DATA), P(DATA))((parts[least], signal))
-    return (*parts[:least], waiting, *parts[least + 1 :])
-
-
-_meanwhile.defvjp(_meanwhile_fwd, _meanwhile_bwd)
-
-
-@jax.custom_vjp
-def signalled(x: Array, signal: Array) -> Array:
-    """x as it is, inside ``sharded``; going back, its gradient being there is the signal, ``[1]``."""
-    return x
-
-
-def _signalled_fwd(x: Array, signal: Array) -> tuple[Array, None]:
-    return x, None
-
-
-def _signalled_bwd(_: None, gradient: Array) -> tuple[Array, Array]:
-    return gradient, jnp.ravel(gradient)[:1].astype(jnp.float32)
-
-
-signalled.defvjp(_signalled_fwd, _signalled_bwd)
-
-
-@jax.custom_vjp
-def known_together(tree: Tree, stream: Tree) -> tuple[Tree, Tree]:
-    """Both as they are; going back, ``stream`` waits for the gradients of ``tree`` to be computed."""
-    return tree, stream
-
-
-def _together_fwd(tree: Tree, stream: Tree) -> Any:
-    return (tree, stream), None
-
-
-def _together_bwd(_: None, gradients: Any) -> Any:
-    return lax.optimization_barrier(gradients)
-
-
-known_together.defvjp(_together_fwd, _together_bwd)
-
-
-def _each(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
-    return _over_data(lambda own: tuple(leaf[None] for leaf in own), P(), P(DATA))(leaves)
-
-
-def _sums(parts: tuple[Array, ...], name: str, exchange: Exchange) -> tuple[Array, ...]:
-    """Sums over ``data`` of gradients ``[data, ...]``, which the compiler joins with each other alone."""
-
-    def own(parts: tuple[Array, ...]) -> tuple[Array, ...]:
-        with set_xla_metadata(combiner_key=name):
-            return tuple(
-                all_reduce(g[0], DATA, exchange) if _large(g[0]) else lax.psum(g[0], DATA) for g in parts
-            )
-
-    return _over_data(own, P(DATA), P())(parts)
-
-
-def _large(gradient: Array) -> bool:
+def sent_alone(gradient: Array) -> bool:
+    """Whether a device's gradient is a matrix large enough for an exchange of its own."""
     return gradient.ndim == 2 and gradient.size * gradient.dtype.itemsize >= _ALONE
 
 
-def _over_data(function: Callable[[Any], Any], at: P, to: P) -> Callable[[Any], Any]:
+def over_data(function: Callable[[Any], Any], at: P, to: P) -> Callable[[Any], Any]:
+    """``function`` of one device's part on the ambient mesh, arguments ``at`` and results ``to``."""
     mesh = ambient_mesh()
     assert mesh is not None
     return jax.shard_map(function, mesh=mesh, in_specs=(at,), out_specs=to, check_vma=False)

@@ -13,6 +13,7 @@ LAYERS = (
     "holo_jax.precision",
     "holo_jax.exchange",
     "holo_jax.parallel",
+    "holo_jax.ordered_sums",
     "holo_jax.functional",
     "holo_jax.kernels",
     "holo_jax.config",

@@ -21,7 +21,8 @@ from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
 from holo_jax.kernels import hopper
 from holo_jax.kernels.block import uses
 from holo_jax.kernels.capability import partitioned
-from holo_jax.parallel import DATA, layout, parameter_layout, sharded, sums_alone, tensor_axis, whole
+from holo_jax.ordered_sums import sums_alone
+from holo_jax.parallel import DATA, layout, parameter_layout, sharded, tensor_axis, whole
 
 _DEPTH = 64
 
@@ -59,7 +60,7 @@ def linear_cross_entropy(
     On a mesh each device visits its own tokens and its part of the vocabulary; hidden states stay in place.
 
     Args:
-      weights: as there, or once a device (``holo_jax.parallel.summed_meanwhile``).
+      weights: as there, or once a device (``holo_jax.ordered_sums.summed_meanwhile``).
       chunk_tokens: about how many tokens have logits at one time, on each device.
       backend: ``"portable"``, or another ``block_backend`` for the kernels where they can run.
     """

@@ -22,7 +22,7 @@ class Context(NamedTuple):
         the state as it is; None where none are.
       segment: with a state, the id of each row's segment before this call.
       signal: where gradients of other blocks are summed meanwhile, what tells the sums that the memory's own
-        kernels have run back (``holo_jax.parallel.summed_meanwhile``), ``[data]``; else None.
+        kernels have run back (``holo_jax.ordered_sums.summed_meanwhile``), ``[data]``; else None.
     """
 
     inside: UInt32[Array, "b t"]

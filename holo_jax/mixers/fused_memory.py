@@ -18,7 +18,8 @@ from holo_jax.kernels.call import Call
 from holo_jax.layers import Linear, Normalization
 from holo_jax.mixers.context import Context
 from holo_jax.mixers.memory import MemoryMixer
-from holo_jax.parallel import sequence_axis, signalled, whole
+from holo_jax.ordered_sums import signalled
+from holo_jax.parallel import sequence_axis, whole
 
 # Rows of float32 begin at lines of memory, 128 bytes: off them features take a quarter longer; operands of
 # products off 16 bytes are copied.

@@ -1,0 +1,133 @@
+"""Gradients over ``data`` summed in an order of their own: each part's while the part before it runs back.
+
+Left to the compiler, sums follow the whole backward pass with little beside them. Here the order is said with
+barriers: the gradients of a part of the model are computed (``known_together``), and summed while what lies
+before it runs back (``summed_meanwhile``), from where on that says so (``signalled``).
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.xla_metadata import set_xla_metadata
+from jax.sharding import PartitionSpec as P
+
+from holo_jax.array_types import Array
+from holo_jax.exchange import Exchange, all_reduce
+from holo_jax.parallel import DATA, Tree, ambient_exchange, ambient_mesh, over_data, sent_alone
+
+
+def sums_alone() -> bool:
+    """Whether gradients are summed in order: by collectives, over ``data`` alone (``summed_meanwhile``)."""
+    mesh, exchange = ambient_mesh(), ambient_exchange()
+    ordered = exchange.in_order and exchange.transport == "collectives"
+    return ordered and mesh is not None and mesh.shape[DATA] == mesh.size
+
+
+def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree, Array]:
+    """Parameters once a device, ``[data, ...]``, ``stream`` and a signal, on a mesh that ``sums_alone``.
+
+    Nothing is sent forward, and functions ``sharded`` by ``P(DATA)`` take their own. Going back the gradients
+    of this tree are summed, joined with each other and nothing else, and what goes back through ``stream``
+    waits for the sums. So the part that lies between this call and the use of ``tree`` runs beside them, if
+    ``known_together`` asks for its gradients first. Left to the compiler, sums follow the whole backward
+    pass, with little beside them.
+
+    A sum beside a kernel with a program for every multiprocessor makes that take two rounds. So that part may
+    say with the signal (``signalled``) from where on sums may begin.
+
+    Args:
+      tree: arrays that are the same on every device, to be used later.
+      stream: arrays between here and there; None where nothing is to wait.
+      name: of this tree alone.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    parts, stream, signal = _meanwhile(tuple(leaves), stream, name, ambient_exchange())
+    return jax.tree.unflatten(structure, parts), stream, signal
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _meanwhile(leaves: tuple[Array, ...], stream: Tree, name: str, exchange: Exchange) -> Any:
+    mesh = ambient_mesh()
+    assert mesh is not None
+    return _each(leaves), stream, jnp.zeros(mesh.shape[DATA])
+
+
+def _meanwhile_fwd(leaves: tuple[Array, ...], stream: Tree, name: str, exchange: Exchange) -> Any:
+    return _meanwhile(leaves, stream, name, exchange), None
+
+
+def _meanwhile_bwd(name: str, exchange: Exchange, _: None, gradients: Any) -> Any:
+    parts, stream, signal = gradients
+    return lax.optimization_barrier((_sums(_after(parts, signal), name, exchange), stream))
+
+
+def _after(parts: tuple[Array, ...], signal: Array) -> tuple[Array, ...]:
+    """Parts whose smallest, and with it all that are joined to it, waits for the signal.
+
+    A barrier would not do: the compiler drops what comes out of it unused. A large part alone does not wait.
+    """
+    least = min(range(len(parts)), key=lambda index: parts[index].size)
+
+    def own(part: Array, signal: Array) -> Array:
+        return jnp.where(jnp.isnan(signal[0]), signal[0], part)
+
+    if sent_alone(parts[least][0]):
+        return parts
+    waiting = over_data(lambda given: own(*given), P(DATA), P(DATA))((parts[least], signal))
+    return (*parts[:least], waiting, *parts[least + 1 :])
+
+
+_meanwhile.defvjp(_meanwhile_fwd, _meanwhile_bwd)
+
+
+@jax.custom_vjp
+def signalled(x: Array, signal: Array) -> Array:
+    """x as it is, inside ``sharded``; going back, its gradient being there is the signal, ``[1]``."""
+    return x
+
+
+def _signalled_fwd(x: Array, signal: Array) -> tuple[Array, None]:
+    return x, None
+
+
+def _signalled_bwd(_: None, gradient: Array) -> tuple[Array, Array]:
+    return gradient, jnp.ravel(gradient)[:1].astype(jnp.float32)
+
+
+signalled.defvjp(_signalled_fwd, _signalled_bwd)
+
+
+@jax.custom_vjp
+def known_together(tree: Tree, stream: Tree) -> tuple[Tree, Tree]:
+    """Both as they are; going back, ``stream`` waits for the gradients of ``tree`` to be computed."""
+    return tree, stream
+
+
+def _together_fwd(tree: Tree, stream: Tree) -> Any:
+    return (tree, stream), None
+
+
+def _together_bwd(_: None, gradients: Any) -> Any:
+    return lax.optimization_barrier(gradients)
+
+
+known_together.defvjp(_together_fwd, _together_bwd)
+
+
+def _each(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
+    return over_data(lambda own: tuple(leaf[None] for leaf in own), P(), P(DATA))(leaves)
+
+
+def _sums(parts: tuple[Array, ...], name: str, exchange: Exchange) -> tuple[Array, ...]:
+    """Sums over ``data`` of gradients ``[data, ...]``, which the compiler joins with each other alone."""
+
+    def own(parts: tuple[Array, ...]) -> tuple[Array, ...]:
+        with set_xla_metadata(combiner_key=name):
+            return tuple(
+                all_reduce(g[0], DATA, exchange) if sent_alone(g[0]) else lax.psum(g[0], DATA) for g in parts
+            )
+
+    return over_data(own, P(DATA), P())(parts)
