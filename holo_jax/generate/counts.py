@@ -12,28 +12,47 @@ from holo_jax.array_types import Array, Bool, Int, UInt32
 
 
 class Counts(NamedTuple):
-    """Of a group of ``C`` tokens.
+    """Of a group of ``C`` tokens, before one of them; the first rows are what kernels are given.
 
     Attributes:
+      before: tokens of the group before it, the same in all rows.
+      active: whether a row reads it.
       position: tokens that each row has read.
-      remaining: tokens that it may still generate.
+      launch: see ``stack.Moving``, the same in all rows.
+      remaining: tokens that a row may still generate.
       finite: whether all its logits were finite.
       tokens: the group's, ``[C, b]``.
     """
 
+    before: Int[Array, "b"]
+    active: Bool[Array, "b"]
     position: UInt32[Array, "b"]
+    launch: Int[Array, "b"]
     remaining: Int[Array, "b"]
     finite: Bool[Array, "b"]
     tokens: Int[Array, "c b"]
 
     def packed(self) -> Int[Array, "n b"]:
         """As one array of int32."""
-        position = jax.lax.bitcast_convert_type(self.position, jnp.int32)
-        rows = jnp.stack([position, self.remaining, self.finite.astype(jnp.int32)])
-        return jnp.concatenate([rows, self.tokens])
+        rows = [
+            numbers(self.before, self.active, self.position, self.launch),
+            self.remaining[None],
+            self.finite.astype(jnp.int32)[None],
+            self.tokens,
+        ]
+        return jnp.concatenate(rows)
+
+
+def numbers(
+    before: Int[Array, "b"], active: Bool[Array, "b"], position: UInt32[Array, "b"], launch: Int[Array, "b"]
+) -> Int[Array, "4 b"]:
+    """The rows of ``Counts`` that kernels are given."""
+    bits = jax.lax.bitcast_convert_type(position, jnp.int32)
+    return jnp.stack([before, active.astype(jnp.int32), bits, launch])
 
 
 def unpacked(array: Int[Array, "n b"]) -> Counts:
     """Inverse of ``Counts.packed``."""
-    position = jax.lax.bitcast_convert_type(array[0], jnp.uint32)
-    return Counts(position, array[1], array[2] != 0, array[3:])
+    before, active, bits, launch, remaining, finite = array[:6]
+    position = jax.lax.bitcast_convert_type(bits, jnp.uint32)
+    return Counts(before, active != 0, position, launch, remaining, finite != 0, array[6:])

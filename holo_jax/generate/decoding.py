@@ -31,6 +31,7 @@ from holo_jax.generate.stepping import (
     PORTABLE,
     Form,
     choose,
+    first_launch,
     join_held,
     logits_of,
     no_hidden,
@@ -278,42 +279,61 @@ def _decode_block(
         positions = start[None] + jnp.arange(size, dtype=jnp.uint32)[:, None]
         keys = row_keys(inputs.seeds, positions)
 
+        # The last group may be longer than what is left of the steps.
+        def reads(remaining: Array, before: Array) -> Array:
+            return (remaining > 0) & (number * size + before < steps)
+
         def one(carry: Any, no: None) -> tuple[Any, None]:
-            packed_counts, logits, hidden, layers, seen, index = carry
-            counts = unpacked(packed_counts)
+            numbers, logits, hidden, layers, seen = carry
+            now = unpacked(numbers)
+            # Not the loop's own count: a number sliced out of an array at that is a copy of its own.
+            index = now.before[0]
             token, checks = drawn(logits, keys[index], seen)
-            # The last group may be longer than what is left of the steps.
-            active = (counts.remaining > 0) & (number * size + index < steps)
-            state = ModelState(layers, counts.position, segment)
-            ids = jnp.where(active, token, 0)
+            state = ModelState(layers, now.position, segment)
+            ids = jnp.where(now.active, token, 0)
             hidden, state = through_blocks(
-                model, ids, hidden, fixed, state, index, active, turns, form, packed
+                model, ids, hidden, fixed, state, index, now.active, turns, form, packed, numbers
             )
+            remaining = left(now.remaining, token, now.active)
             here = jnp.arange(size, dtype=jnp.int32)[:, None] == index
             after = Counts(
-                state.position,
-                left(counts.remaining, token, active),
-                counts.finite & checks,
-                jnp.where(here & active[None], token[None], counts.tokens),
+                before=now.before + 1,
+                active=reads(remaining, now.before + 1),
+                position=state.position,
+                launch=now.launch + 1,
+                remaining=remaining,
+                finite=now.finite & checks,
+                tokens=jnp.where(here & now.active[None], token[None], now.tokens),
             )
-            seen = noted(seen, token, active)
+            seen = noted(seen, token, now.active)
             logits = logits_of(model, hidden, form, packed)
-            return (after.packed(), logits, hidden, state.layers, seen, index + 1), None
+            return (after.packed(), logits, hidden, state.layers, seen), None
 
-        counts = Counts(start, now.remaining, finite, jnp.full((size, start.shape[0]), NONE, jnp.int32))
-        looped = (counts.packed(), now.logits, hidden, moving, now.seen, jnp.int32(0))
-        (packed_counts, logits, hidden, layers, seen, _), _ = jax.lax.scan(one, looped, length=size)
-        counts = unpacked(packed_counts)
+        zeros = jnp.zeros_like(now.remaining)
+        counts = Counts(
+            before=zeros,
+            active=reads(now.remaining, zeros),
+            position=start,
+            launch=zeros + first_launch(moving),
+            remaining=now.remaining,
+            finite=finite,
+            tokens=jnp.full((size, start.shape[0]), NONE, jnp.int32),
+        )
+        looped = (counts.packed(), now.logits, hidden, moving, now.seen)
+        # Two tokens a turn leave what the second makes where the first found its own: nothing is copied.
+        looped, _ = jax.lax.scan(one, looped, length=size, unroll=2 if form.stacked else 1)
+        numbers, logits, hidden, layers, seen = looped
+        counts = unpacked(numbers)
         count = (counts.position - start).astype(jnp.int32)
         state = ModelState(join_held(fixed, layers, count, size, form), counts.position, segment)
         now = Decoding(logits, state, counts.remaining, seen)
-        return (now, hidden, counts.finite, number + 1, reusable(layers, form)), counts.tokens
+        return (now, hidden, counts.finite, number + 1, reusable(layers, form, size)), counts.tokens
 
     if not holds(decoding.state.layers):
         (after, finite), tokens = jax.lax.scan(one, (decoding, jnp.bool_(True)), length=steps)
         return after, tokens.T, finite & jnp.all(jnp.isfinite(after.logits))
     rows = decoding.remaining.shape[0]
-    used = reusable(split_held(decoding.state.layers, size, mail=mail)[1], form)
+    used = reusable(split_held(decoding.state.layers, size, mail=mail)[1], form, 0)
     looped = (decoding, no_hidden(model.config, rows), jnp.ones((rows,), bool), jnp.int32(0), used)
     (after, _, checks, _, _), tokens = jax.lax.scan(group, looped, length=groups)
     # What rows that read nothing predict was made of nothing.

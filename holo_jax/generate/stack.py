@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from holo_jax.array_types import Array, Bool, Float, Int
+from holo_jax.array_types import Array, Float, Int
 from holo_jax.config import HoloConfig
 from holo_jax.generate.pending import Held, Pending
 from holo_jax.kernels import decode_heads, decode_join, decode_plan, decode_shape, decode_stream
@@ -109,7 +109,10 @@ def shape_of(config: HoloConfig, rows: int, size: int, programs: int, **options:
 
 
 class Moving(NamedTuple):
-    """What a token changes: what is pending in all layers; ``mail`` and ``launch`` of ``decode_stream``."""
+    """What a token changes: what is pending in all layers, and ``mail`` of ``decode_stream``.
+
+    ``launch`` is how many launches of that kernel were before the group.
+    """
 
     pending: Pending
     mail: dict[str, Array]
@@ -121,9 +124,7 @@ def heads(
     y: Float[Array, "b f"],
     held: Held,
     pending: Pending,
-    index: Int[Array, ""],
-    active: Bool[Array, "b"],
-    position: Array,
+    numbers: Int[Array, "n b"],
     interpret: bool,
     stream: Float[Array, "b e"] | None = None,
 ) -> tuple[Float[Array, "b e"], Pending]:
@@ -133,9 +134,7 @@ def heads(
       mixer: the memory mixer, in decoding form.
       y: its joined maps in float32.
       held, pending: the memory before the group, and the group so far.
-      index: tokens in the group.
-      active: rows that read; the others keep what they hold.
-      position: tokens read before, of each row.
+      numbers: first rows as of ``counts.numbers``.
       interpret: run in Pallas' interpreter, anywhere.
       stream: the residual stream, if ``y`` is of it times the norm's weight (``folded``).
 
@@ -155,14 +154,7 @@ def heads(
     arrays = {name: array[None] for name, array in arrays.items() if name not in ("residue", "tail")}
     arrays |= {
         "y": y,
-        # Together, so that one kernel makes them.
-        "numbers": jnp.stack(
-            [
-                jnp.broadcast_to(index, active.shape),
-                active.astype(jnp.int32),
-                jax.lax.bitcast_convert_type(position.astype(jnp.uint32), jnp.int32),
-            ]
-        ),
+        "numbers": numbers,
     }
     if stream is not None:
         arrays["stream"] = stream
@@ -186,9 +178,7 @@ def through(
     hidden: Float[Array, "1 e"],
     held: Held,
     moving: Moving,
-    index: Int[Array, ""],
-    active: Bool[Array, "1"],
-    position: Array,
+    numbers: Int[Array, "n 1"],
 ) -> tuple[Float[Array, "1 e"], Moving]:
     """One token of one row through all blocks; states stacked over layers.
 
@@ -197,14 +187,14 @@ def through(
       weights: of ``pack``.
       x: the embedded token in the storage dtype.
       hidden: what this function returned for the last token that was read.
-      held, index, active, position: as in ``heads``, of all layers.
+      held: as in ``heads``, of all layers.
       moving: see ``Moving``.
+      numbers: as in ``heads``.
 
     Returns:
       The residual stream after the last block, or ``hidden``, and ``moving`` after the token.
     """
     pending, mail, launch = moving
-    bits = jax.lax.bitcast_convert_type(position[0], jnp.int32)
     found = decode_stream.run(
         shape,
         {
@@ -215,9 +205,8 @@ def through(
             "hidden": hidden,
             "memory": held.memory,
             "writes": held.writes,
-            # Together, so that one kernel makes them.
-            "numbers": jnp.stack([index, active[0].astype(jnp.int32), bits, launch]),
+            "numbers": numbers,
         },
     )
     after = Pending(*(found[name] for name in Pending._fields))
-    return found["hidden"], Moving(after, {name: found[name] for name in mail}, launch + 1)
+    return found["hidden"], Moving(after, {name: found[name] for name in mail}, launch)

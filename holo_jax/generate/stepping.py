@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Bool, Float, Int
 from holo_jax.config import HoloConfig
-from holo_jax.generate import stack
+from holo_jax.generate import counts, stack
 from holo_jax.generate.pending import (
     GROUP,
     Held,
@@ -52,7 +52,7 @@ class Form(NamedTuple):
 
 PORTABLE = Form()
 # A kernel joins when it has been equal to the definition, and faster, on hardware: at width 1024 and one row
-# "stack" took 0.229 ms a token where "products" took 0.352.
+# "stack" took 0.225 ms a token where "products" took 0.352.
 AUTOMATIC: tuple[str, ...] = ("stack", "products", "folded", "heads")
 # One row takes a kernel a layer from this many bytes of weights a layer: at width 1024 (25 MB) it was slower
 # than the portable form, at 2048 (99 MB) sixteen rows by it took 0.73 of one row's time without.
@@ -140,13 +140,13 @@ def room_for_mail(config: HoloConfig, form: Form) -> Any:
     return decode_stream.mail(stack.shape_of(config, 1, 1, form.programs)) if form.stacked else None
 
 
-def reusable(moving: Any, form: Form) -> Any:
-    """The room of a group that the next one can have as it is left, or None.
+def reusable(moving: Any, form: Form, size: int) -> Any:
+    """The room of a group of ``size`` tokens that the next one can have as it is left, or None.
 
     Kernels read no more of it than their own group has written. Zeros for every group would be made anew.
     """
     if isinstance(moving, stack.Moving):
-        return moving
+        return moving._replace(launch=moving.launch + size)
     if not form.heads:
         return None
     return tuple(tuple(x if isinstance(x, Pending) else None for x in period) for period in moving)
@@ -190,6 +190,11 @@ def no_hidden(config: HoloConfig, rows: int) -> Float[Array, "b e"]:
     return jnp.zeros((rows, config.hidden_size), config.precision.storage)
 
 
+def first_launch(moving: Any) -> Int[Array, ""]:
+    """``launch`` of a group; 0 where there is none."""
+    return moving.launch if isinstance(moving, stack.Moving) else jnp.int32(0)
+
+
 def through_blocks(
     model: HoloForCausalLM,
     tokens: Int[Array, "b"],
@@ -201,6 +206,7 @@ def through_blocks(
     turns: Array | None,
     form: Form,
     packed: Any = None,
+    numbers: Int[Array, "n b"] | None = None,
 ) -> tuple[Float[Array, "b e"], ModelState]:
     """Reads one token a row; rows that are not active keep what they have.
 
@@ -214,6 +220,8 @@ def through_blocks(
       turns: see ``HoloModel``.
       form: how.
       packed: ``pack`` of the model.
+      numbers: ``index``, ``active`` and position once more, first rows as of ``counts.numbers``, if they are
+        there as one array.
 
     Returns:
       The residual stream after the last block, for ``logits_of``, and ``moving`` after the token.
@@ -224,14 +232,17 @@ def through_blocks(
         x = x / jnp.asarray(embedding_std(config), x.dtype)
     segment = moving.segment
     position = moving.position + active.astype(jnp.uint32)
+    if numbers is None:
+        launch = index + first_launch(moving.layers)
+        numbers = counts.numbers(
+            *(jnp.broadcast_to(x, active.shape) for x in (index, active, moving.position, launch))
+        )
     if form.stacked:
         assert packed is not None
         own: Any = moving.layers
         room = own.pending.keys.shape[-2]
         shape = stack.shape_of(config, tokens.shape[0], room, form.programs, interpret=form.interpret)
-        x, after = stack.through(
-            shape, packed["stack"], x[:, 0], hidden, fixed, own, index, active, moving.position
-        )
+        x, after = stack.through(shape, packed["stack"], x[:, 0], hidden, fixed, own, numbers)
         return x, ModelState(after, position, segment)
     context = Context(
         moving.position[:, None],
@@ -248,19 +259,16 @@ def through_blocks(
         for k, block in enumerate(period.blocks):
             held, state = fixed[n][k], moving.layers[n][k]
             if form.products:
-                at = (index, active, moving.position)
-                x, state = _by_products(block, packed["blocks"][n][k], x, held, state, *at, form)
+                x, state = _by_products(block, packed["blocks"][n][k], x, held, state, numbers, form)
             elif form.folded:
-                at = (index, active, moving.position)
-                x, state = _by_folded(block, packed["blocks"][n][k], x, held, state, *at, form)
+                x, state = _by_folded(block, packed["blocks"][n][k], x, held, state, numbers, form)
             elif held is None:
                 own = None if own_turns is None else own_turns[k]
                 # With a state a block leaves nothing for the next one to add.
                 x, _, state = block(x, None, context, own, state)
             else:
-                mixed, state = _mix(
-                    block.mixer, block.mixer_norm(x), held, state, index, active, moving.position, form
-                )
+                at = (index, active, moving.position, numbers)
+                mixed, state = _mix(block.mixer, block.mixer_norm(x), held, state, *at, form)
                 x = x + mixed
                 if block.has_mlp:
                     x = x + block.mlp(block.mlp_norm(x))
@@ -299,9 +307,7 @@ def _by_products(
     x: Float[Array, "b 1 e"],
     held: Held,
     pending: Pending,
-    index: Array,
-    active: Array,
-    position: Array,
+    numbers: Array,
     form: Form,
 ) -> tuple[Float[Array, "b 1 e"], Pending]:
     """A block on one token by five kernels."""
@@ -309,7 +315,7 @@ def _by_products(
     product = partial(decode_products.product, eps=block.mixer_norm.eps, interpret=interpret)
     x = x[:, 0]
     y = product("maps", x, weights["maps"], norm=block.mixer_norm.weight[...])
-    z, pending = stack.heads(block.mixer, y, held, pending, index, active, position, interpret)
+    z, pending = stack.heads(block.mixer, y, held, pending, numbers, interpret)
     x = product("added", z, weights["out"], residual=x)
     hidden = product("gated", x, weights["up"], norm=block.mlp_norm.weight[...])
     return product("added", hidden, weights["down"], residual=x)[:, None], pending
@@ -321,9 +327,7 @@ def _by_folded(
     x: Float[Array, "b 1 e"],
     held: Held,
     pending: Pending,
-    index: Array,
-    active: Array,
-    position: Array,
+    numbers: Array,
     form: Form,
 ) -> tuple[Float[Array, "b 1 e"], Pending]:
     """A block on one token without norms between its products: what follows a product norms its results."""
@@ -334,7 +338,7 @@ def _by_folded(
 
     x = x[:, 0]
     y = product(x, weights["maps"], jnp.float32)
-    z, pending = stack.heads(block.mixer, y, held, pending, index, active, position, interpret, x)
+    z, pending = stack.heads(block.mixer, y, held, pending, numbers, interpret, x)
     x = x + product(z, block.mixer.out.weight[...], x.dtype)
     y = product(x, weights["up"], jnp.float32)
     hidden = decode_gate.gated(y, x, eps=eps, interpret=interpret)
@@ -349,13 +353,14 @@ def _mix(
     index: Array,
     active: Array,
     position: Array,
+    numbers: Array,
     form: Form,
 ) -> tuple[Float[Array, "b 1 e"], Pending]:
     """The memory mixer on one token."""
     config = mixer.config
     if form.heads:
         y = jnp.concatenate(list(mixer.joined(x).values()), axis=-1)[:, 0]
-        z, pending = stack.heads(mixer, y, held, pending, index, active, position, form.interpret)
+        z, pending = stack.heads(mixer, y, held, pending, numbers, form.interpret)
         return mixer.out(z[:, None]), pending
     maps = project(mixer, x, mixer.maps)
     b, h, d = x.shape[0], config.num_heads, config.head_dim

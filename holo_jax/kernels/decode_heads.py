@@ -131,9 +131,10 @@ def run_heads(shape: Shape, arrays: dict[str, Array], storage: Any) -> dict[str,
       shape: with ``layers`` 1.
       arrays: by name, over one layer, float32 ``head_norm``, ``read_taps``, ``write_taps``, ``write_bias``,
         ``erase_bias``; the memory ``memory``, ``writes`` and what is pending: ``phases``, ``keys``,
-        ``written``, ``squares``. ``numbers``: int32 ``[3, rows]``: pending writes, 1 for rows that read and 0
-        for others, positions as the bits of unsigned numbers; ``y``: the joined maps in float32. ``stream``,
-        if the maps are of the residual stream times the norm's weight: what is still to be normed.
+        ``written``, ``squares``. ``numbers``: int32 ``[n, rows]``, its first rows: pending writes, 1 for
+        rows that read and 0 for others, positions as the bits of unsigned numbers; ``y``: the joined maps in
+        float32. ``stream``, if the maps are of the residual stream times the norm's weight: what is still to
+        be normed.
       storage: dtype of the result.
 
     Returns:

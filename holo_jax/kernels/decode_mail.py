@@ -10,7 +10,7 @@ A reader gives up after a bounded number of loads, and what it returns then is n
 In Pallas' interpreter there is one worker, which finds what it wrote itself.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,11 +41,14 @@ def data(words: Array) -> Array:
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-def take(ref: Any, count: int, number: Array, *, interpret: bool) -> Array:
-    """Waits for a vector of ``count`` words, a multiple of 256; float32, spread over a warpgroup."""
+def take(ref: Any, count: int, number: Array, waits: Array, *, interpret: bool) -> Array:
+    """Waits for a vector of ``count`` words, a multiple of 256; float32, spread over a warpgroup.
+
+    Who does not wait gets what is there: nobody waits for what it makes of it.
+    """
     if interpret:
         return jax.lax.bitcast_convert_type(ref[...] & _HIGH, jnp.float32)
-    return _polled(ref, count, number, active=_THREADS, pairs=False)
+    return _polled(ref, count, number, waits, active=_THREADS, pairs=False)
 
 
 def take_pairs(ref: Any, count: int, number: Array, *, interpret: bool) -> Array:
@@ -55,21 +58,24 @@ def take_pairs(ref: Any, count: int, number: Array, *, interpret: bool) -> Array
         bits = (pairs[:, 0] & _HIGH) | jax.lax.shift_right_logical(pairs[:, 1], 16)
         found = jax.lax.bitcast_convert_type(bits, jnp.float32)
         return jnp.where(jnp.arange(found.shape[0]) < count, found, 0.0)
-    return _polled(ref, PAIR_WORDS // 2, number, active=count // 2, pairs=True)
+    return _polled(ref, PAIR_WORDS // 2, number, jnp.bool_(True), active=count // 2, pairs=True)
 
 
-def put(
-    ref: Any,
-    values: Array,
-    first: Array,
-    begin: Any,
-    end: Any,
-    number: Array,
-    layout: Any,
-    *,
-    interpret: bool,
-) -> None:
-    """Stores rows ``begin ...`` before ``end`` of a vector.
+class Rows(NamedTuple):
+    """Of a vector, those that are stored.
+
+    Attributes:
+      first: that of the first value given.
+      begin, end: what is stored.
+    """
+
+    first: Any
+    begin: Any
+    end: Any
+
+
+def put(ref: Any, values: Array, rows: Rows, number: Array, layout: Any, *, interpret: bool) -> None:
+    """Stores rows of a vector.
 
     Words that lie side by side are stored side by side, by one instruction of a warp: a line that is written
     word by word while many load it took thousands of clocks.
@@ -77,40 +83,28 @@ def put(
     Args:
       ref: its words.
       values: float32 that bfloat16 can hold, in ``layout``.
-      first: row of the vector that ``values`` begin with.
-      begin, end: of the rows to be stored.
+      rows: which they are.
       number: of the words.
       layout: a row a thread, or two rows a lane, the same in every warp ``[64]``.
       interpret: see above.
     """
     if interpret:
         bits = jax.lax.bitcast_convert_type(values, jnp.int32)
-        ref[pl.ds(first, values.shape[0])] = (bits & _HIGH) | number
+        ref[pl.ds(rows.first, values.shape[0])] = (bits & _HIGH) | number
         return
-    _stored(ref, values, first, begin, end, number, layout, 0)
+    _stored(ref, values, rows, number, layout, 0)
 
 
-def put_plain(
-    ref: Any, values: Array, first: Array, begin: Any, end: Any, layout: Any, *, interpret: bool
-) -> None:
+def put_plain(ref: Any, values: Array, rows: Rows, layout: Any, *, interpret: bool) -> None:
     """``put`` without numbers, to a vector in bfloat16: for who reads it after the kernel."""
     if interpret:
-        ref[pl.ds(first, values.shape[0])] = values.astype(jnp.bfloat16)
+        ref[pl.ds(rows.first, values.shape[0])] = values.astype(jnp.bfloat16)
         return
-    _stored(ref, values, first, begin, end, None, layout, 0)
+    _stored(ref, values, rows, None, layout, 0)
 
 
 def put_pairs(
-    ref: Any,
-    values: Array,
-    first: Array,
-    begin: Any,
-    end: Any,
-    number: Array,
-    layout: Any,
-    per: int,
-    *,
-    interpret: bool,
+    ref: Any, values: Array, rows: Rows, number: Array, layout: Any, per: int, *, interpret: bool
 ) -> None:
     """``put`` of float32 as pairs; ``ref`` is ``[n, PAIR_WORDS]``, each of its rows holds ``per`` of them."""
     if interpret:
@@ -118,7 +112,7 @@ def put_pairs(
         pairs = jnp.stack([bits & _HIGH, jax.lax.shift_left(bits, 16)], axis=1) | number
         ref[:, pl.ds(0, 2 * per)] = pairs.reshape(-1, 2 * per)
         return
-    _stored(ref, values, first, begin, end, number, layout, per)
+    _stored(ref, values, rows, number, layout, per)
 
 
 def _thread() -> Any:
@@ -132,10 +126,11 @@ def _thread() -> Any:
 
 
 def _polling(loads: int, width: int, active: int) -> str:
-    """Loads until the lower halves of all words are the number; operands: words, base, number, thread.
+    """Loads until the lower halves of all words are the number; operands: words, base, number, thread, mask.
 
-    A warp loads one word until it has come, and only then all of its own: many warps that load whole vectors
-    over and over are in the way of the stores they wait for.
+    A warp loads one word until it has come, and only then all of its own, of which only those that have not
+    come are loaded again: many warps that load whole vectors over and over are in the way of the stores they
+    wait for.
     """
     n = loads * width
     lines = ["{ .reg .pred p; .reg .b32 d, t, n; .reg .b64 a, f;", "mov.b32 n, 0;"]
@@ -143,29 +138,35 @@ def _polling(loads: int, width: int, active: int) -> str:
     lines += [f"mul.wide.u32 a, ${n + 2}, {4 * width}; add.s64 a, a, ${n};"]
     lines += [f"setp.ge.u32 p, ${n + 2}, {active};", "@p bra DONE;"]
     lines += [f"and.b32 t, ${n + 2}, {-_LANES}; mul.wide.u32 f, t, {4 * width}; add.s64 f, f, ${n};"]
-    lines += ["FIRST:", f"ld.relaxed.gpu.global.b32 d, [f]; xor.b32 d, d, ${n + 1}; and.b32 d, d, 65535;"]
+    lines += ["FIRST:", f"ld.relaxed.gpu.global.b32 d, [f]; xor.b32 d, d, ${n + 1}; and.b32 d, d, ${n + 3};"]
     lines += [f"add.u32 n, n, 1; setp.ne.u32 p, d, 0; @p setp.lt.u32 p, n, {PATIENCE};", "@p bra FIRST;"]
+    missing = [f"m{k}" for k in range(loads)]
+    lines += [f".reg .pred {', '.join(missing)};"]
+    lines += [f"setp.eq.u32 {own}, n, n;" for own in missing]
     lines += ["AGAIN:"]
-    for k in range(loads):
+    for k, own in enumerate(missing):
         words = ", ".join(f"${k * width + j}" for j in range(width))
-        lines.append(f"ld.relaxed.gpu.global.v{width}.b32 {{{words}}}, [a+{k * _THREADS * width * 4}];")
-    lines += ["mov.b32 d, 0;"]
-    lines += [f"xor.b32 t, ${k}, ${n + 1}; or.b32 d, d, t;" for k in range(n)]
-    lines += ["and.b32 d, d, 65535; setp.eq.u32 p, d, 0;", "@p bra DONE;"]
-    lines += [f"add.u32 n, n, 1; setp.lt.u32 p, n, {PATIENCE};", "@p bra AGAIN;"]
+        at = k * _THREADS * width * 4
+        lines.append(f"@{own} ld.relaxed.gpu.global.v{width}.b32 {{{words}}}, [a+{at}];")
+    for k, own in enumerate(missing):
+        lines += ["mov.b32 d, 0;"]
+        lines += [f"xor.b32 t, ${j}, ${n + 1}; or.b32 d, d, t;" for j in range(k * width, (k + 1) * width)]
+        lines += [f"and.b32 d, d, ${n + 3}; setp.ne.u32 {own}, d, 0;"]
+    lines += [f"mov.pred p, {missing[0]};", *(f"or.pred p, p, {own};" for own in missing[1:])]
+    lines += ["@!p bra DONE;", f"add.u32 n, n, 1; setp.lt.u32 p, n, {PATIENCE};", "@p bra AGAIN;"]
     return "\n".join([*lines, f"mov.b32 $0, {_NAN};", "DONE: }"])
 
 
-def _polled(ref: Any, length: int, number: Array, *, active: int, pairs: bool) -> Array:
+def _polled(ref: Any, length: int, number: Array, waits: Array, *, active: int, pairs: bool) -> Array:
     plgpu = mosaic.pallas()
 
     layout = plgpu.Layout.WG_STRIDED((length,), vec_size=2)
 
     @plgpu.inline_mgpu(
-        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(())),
+        arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT(()), plgpu.Layout.WG_SPLAT(())),
         return_type=plgpu.ShapeDtypeStruct((length,), jnp.float32, layout=layout),
     )
-    def poll(context: Any, words: Any, number: Any) -> Any:
+    def poll(context: Any, words: Any, number: Any, mask: Any) -> Any:
         from jaxlib.mlir import ir
         from jaxlib.mlir.dialects import arith, vector
 
@@ -176,6 +177,7 @@ def _polled(ref: Any, length: int, number: Array, *, active: int, pairs: bool) -
             mosaic.utils().memref_ptr(words),
             number.registers.item(),
             _thread(),
+            mask.registers.item(),
             result_types=[i32] * (loads * width),
             has_side_effects=True,
         )
@@ -192,24 +194,15 @@ def _polled(ref: Any, length: int, number: Array, *, active: int, pairs: bool) -
             _registers=registers, _layout=layout.to_mgpu(), _is_signed=None
         )
 
-    return poll(ref, number)
+    return poll(ref, number, jnp.where(waits, 0xFFFF, 0))
 
 
-def _stored(
-    ref: Any,
-    values: Array,
-    first: Array,
-    begin: Array,
-    end: Array,
-    number: Array | None,
-    layout: Any,
-    per: int,
-) -> None:
+def _stored(ref: Any, values: Array, rows: Rows, number: Array | None, layout: Any, per: int) -> None:
     plgpu = mosaic.pallas()
 
     scalar = plgpu.Layout.WG_SPLAT(())
 
-    given = [jnp.asarray(n, jnp.int32) for n in (first, begin, end, *([] if number is None else [number]))]
+    given = [jnp.asarray(n, jnp.int32) for n in (*rows, *([] if number is None else [number]))]
 
     @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), layout, *[scalar] * len(given)))
     def store(context: Any, words: Any, values: Any, *scalars: Any) -> None:

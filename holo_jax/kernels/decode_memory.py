@@ -120,4 +120,5 @@ def head(worker: Worker, layer: Array, turn: int, number: Array, loaded: Any) ->
     if shape.gate:
         read = rounded(read) * silu(rounded(load(stage.at[pl.ds(d + m, d)], line)))
     first = head * d
-    decode_mail.put(refs["z"], rounded(read), first, first, first + d, number, line, interpret=interpret)
+    rows = decode_mail.Rows(first, first, first + d)
+    decode_mail.put(refs["z"], rounded(read), rows, number, line, interpret=interpret)

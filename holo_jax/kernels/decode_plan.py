@@ -114,7 +114,7 @@ def share(shape: Shape) -> int:
 def shared_bytes(shape: Shape) -> int:
     """What a program keeps in shared memory, in whole kilobytes each, and what the compiler adds."""
     sizes = [2 * math.prod(room(shape, name)) for name in PRODUCTS]
-    sizes += [2 * shape.width, 2 * max(shape.values, shape.hidden), 4 * stage(shape), 4 * share(shape)]
+    sizes += [2 * shape.width, 2 * max(shape.values, shape.hidden), 4 * stage(shape), 8 * share(shape)]
     sizes += [8 * shape.m * shape.d, 8 * shape.size * shape.m, 4 * shape.size * shape.d]
     return sum(-(-size // 1024) * 1024 for size in sizes) + _SCRATCH_BYTES
 

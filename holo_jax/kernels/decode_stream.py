@@ -12,7 +12,7 @@ one head a worker; the output map and the residual sum; the gated hidden layer o
 and the residual sum. What one part says to the next goes through device memory as words that carry their
 number (``decode_mail``), without barriers between programs. The next layer overwrites a vector without
 asking: whoever does has waited, over the parts between, for something that every reader of the vector made
-after it had read it.
+after it had read it; who makes nothing does not wait for words either.
 """
 
 from functools import partial
@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 
 from holo_jax.array_types import Array
 from holo_jax.kernels import decode_mail, decode_plan, mosaic
+from holo_jax.kernels.decode_mail import Rows
 from holo_jax.kernels.decode_memory import head, of_head
 from holo_jax.kernels.decode_plan import CHUNK, PRODUCTS
 from holo_jax.kernels.decode_shape import Shape
@@ -113,27 +114,28 @@ def compute(shape: Shape, refs: Refs) -> None:
     def body(layer: Array, scale: list[Array]) -> list[Array]:
         number, following = (base + layer) & 0xFFFF, (base + layer + 1) & 0xFFFF
 
-        def maps(found: list[Array], _: Any) -> Array:
-            return found[0]
+        def maps(found: Array, _: Any) -> Array:
+            return found
 
-        def gated(found: list[Array], _: Any) -> Array:
-            up, gate = (rounded(y) for y in found)
-            return rounded(silu(gate) * up)
+        def hidden(found: Array, _: Any) -> Array:
+            return rounded(found)
 
-        def added(found: list[Array], before: Array) -> Array:
-            return rounded(before + rounded(found[0]))
+        def added(found: Array, before: Array) -> Array:
+            return rounded(before + rounded(found))
 
-        def put_maps(values: Array, first: Array, begin: Array, end: Array) -> None:
+        def put_maps(values: list[Array], rows: Rows) -> None:
             per = worker.plan.per_head
-            rows = (first, begin, end, number, threads, per)
-            decode_mail.put_pairs(refs["y"], values, *rows, interpret=interpret)
+            decode_mail.put_pairs(refs["y"], values[0], rows, number, threads, per, interpret=interpret)
 
         def put(target: str, number: Array) -> Any:
-            def to(values: Array, first: Array, begin: Array, end: Array) -> None:
-                rows = (first, begin, end, number, threads)
-                decode_mail.put(refs[target], values, *rows, interpret=interpret)
+            def to(values: list[Array], rows: Rows) -> None:
+                decode_mail.put(refs[target], values[0], rows, number, threads, interpret=interpret)
 
             return to
+
+        def put_gated(values: list[Array], rows: Rows) -> None:
+            up, gate = values
+            put("u", number)([rounded(silu(gate) * up)], rows)
 
         def small() -> list[Any]:
             return [of_head(worker, layer, worker.program + n * shape.programs) for n in range(turns(shape))]
@@ -143,16 +145,16 @@ def compute(shape: Shape, refs: Refs) -> None:
             here = (worker.program + turn * shape.programs < shape.heads) & (worker.group == 0)
             pl.when(here)(partial(head, worker, layer, turn, number, own))
 
-        def put_stream(values: Array, first: Array, begin: Array, end: Array) -> None:
-            rows, last = (values, first, begin, end), layer == shape.layers - 1
-            pl.when(~last)(lambda: put("x", following)(*rows))
+        def put_stream(values: list[Array], rows: Rows) -> None:
+            last = layer == shape.layers - 1
+            pl.when(~last)(lambda: put("x", following)(values, rows))
             pl.when(last & (worker.numbers.active != 0))(
-                lambda: decode_mail.put_plain(refs["hidden"], *rows, threads, interpret=interpret)
+                lambda: decode_mail.put_plain(refs["hidden"], values[0], rows, threads, interpret=interpret)
             )
 
         to = put("x1", number)
         scale = worker.product("out", "z", number, added, to, beside=lambda: norm("mlp_norm", layer))
-        worker.product("up", "x1", number, gated, put("u", number), scale=scale)
+        worker.product("up", "x1", number, hidden, put_gated, scale=scale)
         after = jnp.minimum(layer + 1, shape.layers - 1)
         return worker.product(
             "down", "u", number, added, put_stream, beside=lambda: norm("mixer_norm", after)
@@ -188,16 +190,20 @@ def run(shape: Shape, arrays: dict[str, Array]) -> dict[str, Array]:
       arrays: by name. Stacked over layers ``maps`` in the order of ``decode_plan.rows_by_head``, ``out``,
         ``up`` (up and gate), ``down`` in bfloat16, ``[out, in]``; float32 ``mixer_norm``, ``mlp_norm``,
         ``head_norm``, ``read_taps``, ``write_taps``, ``write_bias``, ``erase_bias``; the memory ``memory``,
-        ``writes`` and what is pending: ``phases``, ``keys``, ``written``, ``squares``. ``numbers``: see
-        ``decode_worker.Numbers``. ``x``: the residual stream ``[1, width]`` in bfloat16; ``hidden``: the same
-        after the last layer, of the last token that was read. ``mail``'s arrays from the launch before.
+        ``writes`` and what is pending: ``phases``, ``keys``, ``written``, ``squares``. ``numbers``: int32
+        ``[n, 1]``, begins with ``decode_worker.Numbers``. ``x``: the residual stream ``[1, width]`` in
+        bfloat16; ``hidden``: the same after the last layer, of the last token that was read. ``mail``'s
+        arrays from the launch before.
 
     Returns:
       ``hidden``, what is pending, and ``mail``'s arrays, after the token.
     """
     plgpu = mosaic.pallas()
 
-    arrays = {**arrays, "x": decode_mail.numbered(arrays["x"][0], first_number(shape, arrays["numbers"][3]))}
+    arrays = {
+        **arrays,
+        "x": decode_mail.numbered(arrays["x"][0], first_number(shape, arrays["numbers"][3, 0])),
+    }
     arrays["hidden"] = arrays["hidden"][0]
     for name in PRODUCTS:
         layers, outputs, depth = arrays[name].shape
@@ -214,7 +220,7 @@ def run(shape: Shape, arrays: dict[str, Array]) -> dict[str, Array]:
         scratch[f"{name}_room"] = plgpu.SMEM(arrays[name].shape[3:], jnp.float32)
     scratch["narrow"] = plgpu.SMEM((shape.width,), jnp.bfloat16)
     scratch["wide"] = plgpu.SMEM((max(shape.values, shape.hidden),), jnp.bfloat16)
-    scratch["share"] = plgpu.SMEM((decode_plan.share(shape),), jnp.float32)
+    scratch["share"] = plgpu.SMEM((2, decode_plan.share(shape)), jnp.float32)
     scratch["stage"] = plgpu.SMEM((decode_plan.stage(shape),), jnp.float32)
     scratch["head_come"] = plgpu.Barrier(num_barriers=3 * turns(shape))
     scratch["head_free"] = plgpu.Barrier()

@@ -77,7 +77,7 @@ class Worker:
         self.shape, self.refs, self.interpret = shape, refs, shape.interpret
         self.plan, self.layouts = decode_plan.plan(shape), layouts()
         self.group, self.program = jax.lax.axis_index("group"), jax.lax.axis_index("program")
-        self.numbers = Numbers(*(refs["numbers"][n] for n in range(4)))
+        self.numbers = Numbers(*(refs["numbers"][n, 0] for n in range(4)))
 
     def load(self, ref: Any, layout: Any) -> Array:
         """A block in a layout."""
@@ -171,9 +171,9 @@ class Worker:
           name: of the product.
           source: the vector.
           number: of the vector's words.
-          finish: makes results of the float32 sums of four rows (of ``up`` those of the gate too) and the
-            same rows of the residual stream for ``out`` and ``down``.
-          put: stores the program's share; called with it, its first row, and those that are this program's.
+          finish: makes results of the float32 sums of four rows and the same rows of the residual stream for
+            ``out`` and ``down``.
+          put: stores the program's share; called with it (of ``up`` and the gate) and its rows.
           scale: the weight of the norm of the vector, if it is normed.
           beside: loads to begin once the vector has come, for later.
 
@@ -191,6 +191,7 @@ class Worker:
         # The last tiles begin early, so that they end with the share; what is made twice is the same.
         starts = [jnp.minimum((self.group * tiles + n) * tile, own - tile) for n in range(tiles)]
         first = decode_plan.first(shape, name, self.program)
+        mine = decode_mail.Rows(first, *decode_plan.stored(shape, name, self.program))
         # The stream is where the maps, or the gated layer, had it.
         added = name in ("out", "down")
         old = [
@@ -200,7 +201,9 @@ class Worker:
         stage = refs["narrow" if name in ("maps", "up") else "wide"]
         part = pl.cdiv(depth // CHUNK, plan.groups) * CHUNK
         at = jnp.minimum(self.group * part, depth - part)
-        x = decode_mail.take(refs[source].at[pl.ds(at, part)], part, number, interpret=interpret)
+        # Only who stores something waits: so every reader of a vector is waited for before it is overwritten.
+        waits = mine.begin < mine.end
+        x = decode_mail.take(refs[source].at[pl.ds(at, part)], part, number, waits, interpret=interpret)
         stage[pl.ds(at, part)] = x.astype(jnp.bfloat16)
         later = beside()
         self.meet(plan.groups)
@@ -222,19 +225,21 @@ class Worker:
         if scale is not None:
             inverse = jax.lax.rsqrt(jnp.sum(squares, axis=0) * (1.0 / depth) + shape.eps)
         plgpu.barrier_arrive(refs["free"].at[PRODUCTS.index(name)])
-        share = refs["share"]
         for n, total in enumerate(sums):
-            found = [jnp.sum(y, axis=1) for y in total]
-            if inverse is not None:
-                found = [y * inverse for y in found]
-            result = finish(found, old[n].astype(jnp.float32) if added else None)
-            share[pl.ds(starts[n], tile)] = result
+            for half, y in enumerate(total):
+                found = jnp.sum(y, axis=1)
+                if inverse is not None:
+                    found = found * inverse
+                before = old[n].astype(jnp.float32) if added else None
+                refs["share"].at[half, pl.ds(starts[n], tile)][...] = finish(found, before)
         self.meet(plan.groups)
-        begin, end = decode_plan.stored(shape, name, self.program)
-        if interpret:
-            put(share[pl.ds(0, own)], first, begin, end)
-        else:
-            pl.when(self.group == 0)(lambda: put(self.load(share, self.layouts.threads), first, begin, end))
+
+        def store() -> None:
+            here = own if interpret else refs["share"].shape[1]
+            places = [refs["share"].at[half, pl.ds(0, here)] for half in range(halves)]
+            put([self.load(place, self.layouts.threads) for place in places], mine)
+
+        pl.when(self.group == 0)(store)
         return later
 
 
@@ -249,8 +254,9 @@ def rounded(x: Array) -> Array:
 
 
 def silu(x: Array) -> Array:
-    """``x * sigmoid(x)``."""
-    return x / (1.0 + jnp.exp(-x))
+    """``x * sigmoid(x)``; a root squared, as a quotient is many instructions."""
+    root = jax.lax.rsqrt(1.0 + jnp.exp(-x))
+    return x * (root * root)
 
 
 def turns(shape: Shape) -> int:

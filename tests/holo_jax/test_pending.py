@@ -17,7 +17,7 @@ from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, l
 from holo_jax.generate.forms import is_split, owned
 from holo_jax.generate.pending import Token
 from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, step
-from holo_jax.kernels import decode_plan, decode_products, decode_shape
+from holo_jax.kernels import decode_gate, decode_plan, decode_products, decode_shape
 from holo_jax.mixers import MemoryMixerState
 from holo_jax.model import HoloForCausalLM
 from holo_jax.precision import FULL, MIXED
@@ -157,8 +157,9 @@ def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict, monk
 def test_counts_are_one_array_and_back() -> None:
     """A position past 2^31 too."""
     position = jnp.array([0, 2**32 - 5], jnp.uint32)
-    given = Counts(position, jnp.array([3, -1]), jnp.array([True, False]), jnp.arange(6).reshape(3, 2))
-    assert given.packed().shape == (6, 2) and given.packed().dtype == jnp.int32
+    flags, numbers = jnp.array([True, False]), jnp.array([3, -1])
+    given = Counts(numbers, flags, position, numbers + 1, numbers + 2, ~flags, jnp.arange(6).reshape(3, 2))
+    assert given.packed().shape == (9, 2) and given.packed().dtype == jnp.int32
     for before, after in zip(given, unpacked(given.packed()), strict=True):
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(before, after)
@@ -222,12 +223,13 @@ def test_the_kernels_lower_for_a_gpu() -> None:
         )
 
     def all_of_them(weights, mixer, held, pending):
-        token = (jnp.int32(1), jnp.ones((2,), bool), jnp.zeros((2,), jnp.uint32))
+        numbers = jnp.ones((4, 2), jnp.int32)
         y = jnp.zeros((2, shape.offsets["all"]))
         given = [jnp.zeros((rows, 64), jnp.bfloat16) for rows in (2, 4)]
         products = [decode_products.product("maps", x, weights["maps"], norm=jnp.ones(64)) for x in given]
-        heads = stack.heads(mixer, y, held, pending, *token, False)
-        return heads, stack.joined(held, pending, size=SIZE, interpret=False), products
+        heads = [stack.heads(mixer, y, held, pending, numbers, False, stream) for stream in (None, given[0])]
+        gated = decode_gate.gated(jnp.zeros((2, 72)), given[0], eps=1e-6)
+        return heads, stack.joined(held, pending, size=SIZE, interpret=False), products, gated
 
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
@@ -235,7 +237,7 @@ def test_the_kernels_lower_for_a_gpu() -> None:
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of this backend of Pallas
         lowered = jax.jit(all_of_them).trace(*shapes).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("xla.gpu.triton") == 4
+    assert lowered.as_text().count("xla.gpu.triton") == 6
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -254,7 +256,7 @@ def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int) ->
     start = prefill(model, ids[:, :4])
     programs = decode_shape.multiprocessors()
     distance = {}
-    forms = {"portable": Form(), "heads": Form(heads=True)}
+    forms = {"portable": Form(), "heads": Form(heads=True), "folded": Form(heads=True, folded=True)}
     if rows <= decode_products.MAX_ROWS:
         forms["products"] = Form(heads=True, products=True)
     shape = stack.shape_of(config, rows, 8, programs)
