@@ -7,7 +7,10 @@ pass of its own; a GPU's copy engines can do the sending (``train.compilation``)
 """
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -15,6 +18,7 @@ from holo_jax.array_types import Array
 
 TRANSPORTS = ("collectives", "copies")
 REDUCE_DTYPES = ("float32", "bfloat16")
+_ALIGNED = 128  # elements: what is copied begins on a border of a memory's lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +33,7 @@ class Exchange:
         copies the sum is float32, by collectives it is rounded after every addition as well.
       transport: one of ``TRANSPORTS``.
       in_order: whether gradients over ``data`` alone are summed in an order of their own, those of each part
-        of unrolled blocks while the part before it runs back (``holo_jax.ordered_sums.summed_meanwhile``); by
-        collectives only.
+        of unrolled blocks while the part before it runs back (``holo_jax.ordered_sums.summed_meanwhile``).
 
     Raises:
       ValueError: for another dtype or transport.
@@ -77,6 +80,32 @@ def all_reduce(x: Array, axis: str, exchange: Exchange) -> Array:
         return (sent.astype(jnp.float32) + _other(sent, axis).astype(jnp.float32)).astype(x.dtype)
     part = _rounded(_own_part(sent, axis, 0), exchange.reduce_dtype)
     return all_gather(part, axis, 0, exchange).astype(x.dtype)
+
+
+def all_reduce_together(arrays: Sequence[Array], axis: str, exchange: Exchange, after: Array) -> Array:
+    """Sums over ``axis``, side by side in one array (``apart``), the same bits on every device.
+
+    By two all-to-alls: each device receives its part of the arrays side by side from all, adds up in float32
+    once the number ``after`` is known, rounds as ``exchange`` says, and sends the sum to all. So the first is
+    sent beside what ends with that number, and the second beside what follows.
+    """
+    count = lax.axis_size(axis)
+    flat = [_rounded(x, exchange.reduce_dtype).reshape(-1) for x in arrays]
+    joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat)
+    parts = jnp.pad(joined, (0, -joined.size % (count * _ALIGNED))).reshape(count, -1)
+    received = lax.all_to_all(parts, axis, 0, 0, tiled=True)
+    part = jnp.sum(received, axis=0, dtype=jnp.float32)
+    part = _rounded(jnp.where(jnp.isnan(after), after, part), exchange.reduce_dtype)
+    return lax.all_to_all(jnp.broadcast_to(part, parts.shape), axis, 0, 0, tiled=True).reshape(-1)
+
+
+def apart(joined: Array, like: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
+    """The arrays that lie side by side in ``joined``, by their shapes and dtypes."""
+    ends = itertools.accumulate(one.size for one in like)
+    return tuple(
+        joined[end - one.size : end].reshape(one.shape).astype(one.dtype)
+        for one, end in zip(like, ends, strict=True)
+    )
 
 
 def _own_part(x: Array, axis: str, dimension: int) -> Array:

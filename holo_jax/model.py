@@ -24,7 +24,7 @@ from holo_jax.layers import (
 )
 from holo_jax.mixers import MIXERS, Context, fused_memory
 from holo_jax.mixers.memory import MemoryMixer
-from holo_jax.ordered_sums import known_together, summed_meanwhile, sums_alone
+from holo_jax.ordered_sums import known_together, signalling, summed_meanwhile, sums_alone
 from holo_jax.parallel import (
     DATA,
     GATHERED_NAME,
@@ -247,8 +247,9 @@ class HoloModel(nnx.Module):
         apart = apart and config.scan_unroll >= config.num_periods and splits_stacks()
         parts = _parts((self.periods, turns)) if apart else []
         table = self.embedding[...]
+        signal = None
         if apart and sums_alone():
-            table = summed_meanwhile(table, None, "embedding")[0]
+            table, _, signal = summed_meanwhile(table, None, "embedding")
         x = lookup(table, input_ids, config.precision.storage)
         if config.tie_embeddings:
             x = x / jnp.asarray(embedding_std(config), x.dtype)
@@ -256,7 +257,7 @@ class HoloModel(nnx.Module):
         if isinstance(self.periods, nnx.List):
             x, layers = self._in_turn(x, context, turns, None if state is None else state.layers)
         elif apart:
-            x, following = self._apart(x, context, parts, following)
+            x, following = self._apart(x, context, parts, following, signal)
         else:
             x, layers = self._scanned(x, context, turns, None if state is None else state.layers)
         if state_after is not None:
@@ -284,13 +285,14 @@ class HoloModel(nnx.Module):
         return x if pending is None else x + pending, layers
 
     def _apart(
-        self, x: Array, context: Context, parts: list[Any], following: Array | None
+        self, x: Array, context: Context, parts: list[Any], following: Array | None, first: Array | None
     ) -> tuple[Array, Array | None]:
         """All periods, with their turns, one after the other; and ``following``, see ``followed``.
 
         Each takes its part of a single split of the stacked parameters, so that gradients are joined once; a
         loop taken apart by ``lax.scan`` would add up one whole stack a period. Over ``data`` the gradients of
-        a period are summed while the one before it runs back.
+        a period are summed while the one before it runs back, and for what lies before all ``first`` is the
+        signal.
         """
         config = self.config
 
@@ -306,7 +308,7 @@ class HoloModel(nnx.Module):
         used = [period for period, _ in parts] + [following]
         waits = sums_alone() and following is not None
         if sums_alone():
-            used[0] = summed_meanwhile(used[0], None, "period 0")[0]
+            used[0] = signalling(summed_meanwhile(used[0], None, "period 0")[0], first)
         for index, (_, own_turns) in enumerate(parts):
             if waits:
                 name = "following" if index + 1 == len(parts) else f"period {index + 1}"

@@ -15,15 +15,14 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import PartitionSpec as P
 
 from holo_jax.array_types import Array
-from holo_jax.exchange import Exchange, all_reduce
+from holo_jax.exchange import Exchange, all_reduce, all_reduce_together, apart
 from holo_jax.parallel import DATA, Tree, ambient_exchange, ambient_mesh, over_data, sent_alone
 
 
 def sums_alone() -> bool:
-    """Whether gradients are summed in order: by collectives, over ``data`` alone (``summed_meanwhile``)."""
-    mesh, exchange = ambient_mesh(), ambient_exchange()
-    ordered = exchange.in_order and exchange.transport == "collectives"
-    return ordered and mesh is not None and mesh.shape[DATA] == mesh.size
+    """Whether gradients are summed in order, over ``data`` alone (``summed_meanwhile``)."""
+    mesh = ambient_mesh()
+    return ambient_exchange().in_order and mesh is not None and mesh.shape[DATA] == mesh.size
 
 
 def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree, Array]:
@@ -36,7 +35,8 @@ def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree, A
     pass, with little beside them.
 
     A sum beside a kernel with a program for every multiprocessor makes that take two rounds. So that part may
-    say with the signal (``signalled``) from where on sums may begin.
+    say with the signal (``signalled``, ``signalling``) from where on sums may begin. By copies, which hold no
+    multiprocessor, gradients are sent before it, and the sums after it.
 
     Args:
       tree: arrays that are the same on every device, to be used later.
@@ -61,6 +61,8 @@ def _meanwhile_fwd(leaves: tuple[Array, ...], stream: Tree, name: str, exchange:
 
 def _meanwhile_bwd(name: str, exchange: Exchange, _: None, gradients: Any) -> Any:
     parts, stream, signal = gradients
+    if exchange.transport == "copies":
+        return _sums_by_copies(parts, stream, signal, exchange)
     return lax.optimization_barrier((_sums(_after(parts, signal), name, exchange), stream))
 
 
@@ -101,6 +103,24 @@ signalled.defvjp(_signalled_fwd, _signalled_bwd)
 
 
 @jax.custom_vjp
+def signalling(tree: Tree, signal: Array) -> Tree:
+    """Arrays once a device as they are; going back, the gradient of the largest being there is the signal."""
+    return tree
+
+
+def _signalling_fwd(tree: Tree, signal: Array) -> tuple[Tree, None]:
+    return tree, None
+
+
+def _signalling_bwd(_: None, gradients: Tree) -> tuple[Tree, Array]:
+    last = max(enumerate(jax.tree.leaves(gradients)), key=lambda item: (item[1].size, item[0]))[1]
+    return gradients, over_data(lambda g: jnp.ravel(g)[:1].astype(jnp.float32), P(DATA), P(DATA))(last)
+
+
+signalling.defvjp(_signalling_fwd, _signalling_bwd)
+
+
+@jax.custom_vjp
 def known_together(tree: Tree, stream: Tree) -> tuple[Tree, Tree]:
     """Both as they are; going back, ``stream`` waits for the gradients of ``tree`` to be computed."""
     return tree, stream
@@ -131,3 +151,18 @@ def _sums(parts: tuple[Array, ...], name: str, exchange: Exchange) -> tuple[Arra
             )
 
     return over_data(own, P(DATA), P())(parts)
+
+
+def _sums_by_copies(parts: tuple[Array, ...], stream: Tree, signal: Array, exchange: Exchange) -> Any:
+    """The same, sent side by side, and ``stream`` behind them.
+
+    They are cut apart behind the barrier, where those who read them can do it.
+    """
+
+    def own(given: Any) -> Array:
+        parts, signal = given
+        return all_reduce_together([g[0] for g in parts], DATA, exchange, signal[0])
+
+    joined = over_data(own, P(DATA), P())((parts, signal))
+    joined, stream = lax.optimization_barrier((joined, stream))
+    return apart(joined, [jax.ShapeDtypeStruct(g.shape[1:], g.dtype) for g in parts]), stream

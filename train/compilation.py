@@ -11,7 +11,8 @@ at the full rate of the links, cost least. Where blocks are unrolled those of se
 Over ``data`` alone unrolled blocks can say themselves in which order gradients are summed
 (``Exchange.in_order``). The compiler then has to begin a sum when it can, not just before
 it is used; to let a second begin beside it, because that of the embedding is known last and is the longest;
-and not to join gradients by copying them into one array and out of it: NCCL takes many arrays at a time.
+and not to join gradients by copying them into one array and out of it: NCCL takes many arrays at a time. (By
+copies they are one array, written by us.)
 
 The compiled schedules of jax 0.11.2 for four H100s say so; ``eval.scaling`` measures both (``overlap``).
 
@@ -55,8 +56,7 @@ def compiler_options(
     if mesh.size == 1 or mesh.devices.flat[0].platform != "gpu":
         return None
     found = overlapping(overlap, joined) | {"xla_gpu_use_memcpy_local_p2p": exchange.transport == "copies"}
-    ordered = exchange.in_order and exchange.transport == "collectives"
-    if overlap and ordered and mesh.shape[DATA] == mesh.size:
+    if overlap and exchange.in_order and mesh.shape[DATA] == mesh.size:
         found |= _IN_ORDER
     return found
 
