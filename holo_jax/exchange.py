@@ -9,6 +9,7 @@ pass of its own; a GPU's copy engines can do the sending (``train.compilation``)
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from holo_jax.array_types import Array
 TRANSPORTS = ("collectives", "copies")
 REDUCE_DTYPES = ("float32", "bfloat16")
 _ALIGNED = 128  # elements: what is copied begins on a border of a memory's lines
+_SHORT = 2**18  # elements of an array worth a place of its own beside others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +92,13 @@ def all_reduce_together(arrays: Sequence[Array], axis: str, exchange: Exchange, 
     sent beside what ends with that number, and the second beside what follows.
     """
     count = lax.axis_size(axis)
-    flat = [_rounded(x, exchange.reduce_dtype).reshape(-1) for x in arrays]
-    joined = flat[0] if len(flat) == 1 else jnp.concatenate(flat)
-    parts = jnp.pad(joined, (0, -joined.size % (count * _ALIGNED))).reshape(count, -1)
+    flat = [_rounded(arrays[i], exchange.reduce_dtype).reshape(-1) for i in _longest_first(arrays)]
+    rest = -sum(x.size for x in flat) % (count * _ALIGNED)
+    side = [x for x in flat if x.size >= _SHORT]
+    if short := [x for x in flat if x.size < _SHORT] + [jnp.zeros(rest, flat[0].dtype)] * bool(rest):
+        # Where XLA joins more than ten arrays it reads number by number, so it may not join all in one go.
+        side.append(lax.optimization_barrier(jnp.concatenate(short)))
+    parts = jnp.concatenate(side).reshape(count, -1)
     received = lax.all_to_all(parts, axis, 0, 0, tiled=True)
     part = jnp.sum(received, axis=0, dtype=jnp.float32)
     part = _rounded(jnp.where(jnp.isnan(after), after, part), exchange.reduce_dtype)
@@ -101,11 +107,17 @@ def all_reduce_together(arrays: Sequence[Array], axis: str, exchange: Exchange, 
 
 def apart(joined: Array, like: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
     """The arrays that lie side by side in ``joined``, by their shapes and dtypes."""
-    ends = itertools.accumulate(one.size for one in like)
-    return tuple(
-        joined[end - one.size : end].reshape(one.shape).astype(one.dtype)
-        for one, end in zip(like, ends, strict=True)
-    )
+    order = _longest_first(like)
+    ends = itertools.accumulate(like[i].size for i in order)
+    found = {
+        i: joined[end - like[i].size : end].reshape(like[i].shape).astype(like[i].dtype)
+        for i, end in zip(order, ends, strict=True)
+    }
+    return tuple(found[i] for i in range(len(like)))
+
+
+def _longest_first(arrays: Sequence[Any]) -> list[int]:
+    return sorted(range(len(arrays)), key=lambda i: -arrays[i].size)
 
 
 def _own_part(x: Array, axis: str, dimension: int) -> Array:
