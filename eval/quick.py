@@ -40,10 +40,11 @@ NAMES = (
     "harness",
 )
 _PACKAGES = {"harness": "lm_eval"}
-# They train for seconds, so on a CPU most of the time would go into compiling (`holo` in `recall`: 16 s of
-# a processor in place of 72, and a step 73 ms in place of 65).
+# On a CPU most of the time goes into compiling. Those that train do so for seconds and want the first level
+# of optimisation (`holo` in `recall`: 16 s of a processor in place of 72, and a step 73 ms in place of 65); the
+# others want none (`speed`: 69 s of processors in place of 112).
+_TRAINS = ("capacity", "needle", "recall")
 _COMPILING = (
-    "--xla_backend_optimization_level=1",
     "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
 )
@@ -76,7 +77,8 @@ def problem(results: Results, name: str, out: Path) -> str:
 def flags(name: str) -> str:
     """``XLA_FLAGS`` of an evaluation: those of this process, and ours that it does not name."""
     given = os.environ.get("XLA_FLAGS", "")
-    ours = (*_COMPILING, *_FLAGS.get(name, ()))
+    level = f"--xla_backend_optimization_level={int(name in _TRAINS)}"
+    ours = (level, *_COMPILING, *_FLAGS.get(name, ()))
     return " ".join([given, *(flag for flag in ours if flag.split("=")[0] not in given)]).strip()
 
 

@@ -101,7 +101,7 @@ _VARIANTS = {
             test_pairs=(4, 8),
             batch=64,
             test_memories=64,
-            grid=training_grid(steps=300, rates=(1e-2,), log_every=100, seeds=(0,), weight_decay=0.0),
+            grid=training_grid(steps=200, rates=(1e-2,), log_every=100, seeds=(0,), weight_decay=0.0),
             control_from=0.95,
         ),
     ),

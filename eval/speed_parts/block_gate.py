@@ -23,6 +23,7 @@ from holo_jax.sequence import short_convolutions, with_tail
 # 16-bit operands and results: plain products in bfloat16 are off by up to 8e-3 on these inputs.
 LIMIT = 2e-2
 _ROWS, _WIDTH, _HIDDEN, _VOCABULARY = 384, 256, 512, 1000
+_TIME = 333  # of the sum's rows
 
 
 def denoiser_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict[str, np.ndarray]]:
@@ -241,7 +242,7 @@ def features_case(rng: np.random.Generator, *, gated: bool = False) -> tuple[Cal
 
 def sum_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
     """The outer memory without erase from raw phases and gates, in packed rows of an odd length."""
-    heads, m, taps, time = 2, 32, 4, 333
+    heads, m, taps, time = 2, 32, 4, _TIME
     inputs = {"raw": rng.normal(size=(2, time, heads * m + heads + 2))}
     inputs["taps"] = rng.normal(size=(2, taps, heads * m))
     inputs["bias"] = rng.normal(size=(1, heads))

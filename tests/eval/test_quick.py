@@ -72,11 +72,12 @@ def test_known_answers_are_asked_for() -> None:
 def test_flags_that_are_given_come_first(monkeypatch) -> None:
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     assert "--xla_backend_optimization_level=1" in quick.flags("recall").split()
+    assert "--xla_backend_optimization_level=0" in quick.flags("scaling").split()
     assert "--xla_force_host_platform_device_count=4" in quick.flags("scaling").split()
     given = "--xla_backend_optimization_level=3 --xla_force_host_platform_device_count=2"
     monkeypatch.setenv("XLA_FLAGS", given)
     found = quick.flags("scaling")
-    assert found.startswith(given) and "level=1" not in found and "count=4" not in found
+    assert found.startswith(given) and "level=0" not in found and "count=4" not in found
 
 
 def test_a_run_that_fails_is_said_loudly(monkeypatch, tmp_path: Path, capsys) -> None:
