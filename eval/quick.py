@@ -41,7 +41,7 @@ NAMES = (
 )
 _PACKAGES = {"harness": "lm_eval"}
 # On a CPU most of the time goes into compiling. Those that train do so for seconds and want the first level
-# of optimisation (`holo` in `recall`: 16 s of a processor in place of 72, and a step 73 ms in place of 65); the
+# of optimisation (`holo` in `recall`: 16 s of a processor in place of 72, a step 73 ms in place of 65); the
 # others want none (`speed`: 69 s of processors in place of 112).
 _TRAINS = ("capacity", "needle", "recall")
 _COMPILING = (

@@ -14,9 +14,8 @@ Cases are compiled a few at a time and written as they come, so that a run that 
 """
 
 import dataclasses
-import itertools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,6 +78,7 @@ class Settings:
     workers: int
     profile: bool
     links: bool
+    at_once: bool
     seed: int
 
     def __post_init__(self) -> None:
@@ -157,21 +157,21 @@ class Plan(NamedTuple):
         return put_batch(batch, 1, batch_sharding(self.mesh))
 
 
-def make_plan(case: Case, size: Size, devices: int, largest: int) -> Plan:
-    """The program of ``case`` on the first ``devices`` devices."""
+def make_plan(case: Case, size: Size, devices: int, largest: int, first: int = 0) -> Plan:
+    """The program of ``case`` on ``devices`` devices from number ``first`` on."""
     rows, length = case.shape(devices, largest)
     own = case.shape(1, largest)
     plain = model_config(case.model, size, block_backend=case.block)
     config = plain.replace(remat=case.remat, scan_unroll=min(case.unroll, size.layers))
 
-    def on(count: int, model: HoloConfig) -> tuple[Any, Any]:
+    def on(count: int, model: HoloConfig, first: int = 0) -> tuple[Any, Any]:
         axes = {axis: count if axis == case.axis else 1 for axis in MESH_AXES}
-        mesh = make_mesh(MeshConfig(devices=count, **axes))
+        mesh = make_mesh(MeshConfig(devices=count, **axes), jax.devices()[first:])
         # What one device does not send is the same program however it would be sent.
         exchange = case.exchange if count > 1 else Exchange()
         return mesh, build(model, _OPTIMIZER, _STEPS, mesh, exchange)[1]
 
-    mesh, steps = on(devices, config)
+    mesh, steps = on(devices, config, first)
     return Plan(
         case=case,
         devices=devices,
@@ -186,10 +186,17 @@ def make_plan(case: Case, size: Size, devices: int, largest: int) -> Plan:
 
 
 class Baseline(NamedTuple):
-    """What one device did in a case: loss and gradient norm of two steps, and seconds of one."""
+    """What one device did in a case.
+
+    Attributes:
+      found: loss and gradient norm of two steps.
+      seconds: of one step, the other devices idle.
+      at_once: the same while all devices do it; None where that was not asked for.
+    """
 
     found: np.ndarray
     seconds: float
+    at_once: float | None = None
 
 
 def evaluate(settings: Settings, reporter: Reporter) -> None:
@@ -204,12 +211,19 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
         [make_plan(case, size, devices, largest) for devices in counts(largest, case.between)]
         for case in map(parse_case, settings.cases)
     ]
+    # One device's share on each of them: what chips and their power alone make of a step.
+    others = {
+        id(plans_of): [make_plan(plans_of[0].case, size, 1, largest, first) for first in range(1, largest)]
+        for plans_of in plans
+        if settings.at_once and not plans_of[0].case.strong
+    }
     stages = [plans[i : i + settings.together] for i in range(0, len(plans), settings.together)]
     built: dict[tuple, Built] = {}
     for stage in stages:
         jobs: dict[tuple, Job] = {}
         # The largest first: they take longest to compile.
-        for plan in sorted(itertools.chain.from_iterable(stage), key=lambda plan: -plan.devices):
+        every = [plan for case in stage for plan in [*case, *others.get(id(case), ())]]
+        for plan in sorted(every, key=lambda plan: -plan.devices):
             if plan.key not in built:
                 jobs.setdefault(plan.key, plan.job(settings.compiler_options))
         built.update(zip(jobs, compile_all(list(jobs.values()), settings.workers), strict=True))
@@ -217,7 +231,12 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             baseline = None
             for plan in case:
                 found = measure(settings, reporter, plan, built[plan.key], baseline)
-                baseline = found if plan.devices == 1 else baseline
+                if plan.devices == 1:
+                    baseline = found
+                    if baseline and (apart := others.get(id(case))):
+                        each = [plan, *apart]
+                        seconds = measure_at_once(settings, reporter, each, [built[p.key] for p in each])
+                        baseline = baseline._replace(at_once=seconds)
                 reporter.save()
     for device in jax.local_devices():
         peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
@@ -267,10 +286,44 @@ def measure(
             exact("efficiency", share / median_seconds, **where),
             exact("exposed_milliseconds", 1e3 * (median_seconds - share), by="one device", **where),
         )
+        if baseline.at_once is not None:
+            reporter.add(exact("efficiency_at_once", baseline.at_once / median_seconds, **where))
     say(f"{_name(plan)}: {rate.value:,.0f} tokens/s, {1e3 * median_seconds:.1f} ms")
     if settings.profile:
         profile(reporter, plan, one)
     return Baseline(found, median_seconds)
+
+
+def measure_at_once(
+    settings: Settings, reporter: Reporter, plans: Sequence[Plan], steps: Sequence[Built]
+) -> float | None:
+    """Seconds until every device has done a step of its own, nothing sent; None if one did not run.
+
+    What is left of the efficiency beside this is what dividing costs; the rest is the devices' own.
+    """
+    where = plans[0].where
+    if lacking := [step for step in steps if step.program is None]:
+        reporter.add(*missing(["milliseconds_at_once"], lacking[0], "compilation"))
+        return None
+    try:
+        states = [plan.start(settings.seed) for plan in plans]
+        batches = [plan.batch(settings.seed, settings.vocab) for plan in plans]
+
+        def all_once() -> Any:
+            found = []
+            for index, (step, batch) in enumerate(zip(steps, batches, strict=True)):
+                states[index], metrics = step.program(states[index], batch)
+                found.append(metrics)
+            return found
+
+        seconds = sample_seconds(all_once, samples=settings.samples, least_seconds=settings.least_seconds)
+    except Exception as error:
+        reporter.note(f"{_name(plans[0])}: not at once on all: {failure(error)[1]}")
+        return None
+    value = median("milliseconds_at_once", seconds, where | {"at_once": len(plans)}, scale=1e3)
+    reporter.add(value)
+    say(f"{_name(plans[0])}: {value.value:.1f} ms where {len(plans)} devices do it at once, each alone")
+    return value.value / 1e3
 
 
 def profile(reporter: Reporter, plan: Plan, one: Callable[[], Any]) -> None:

@@ -47,6 +47,7 @@ def table(results: Results) -> str:
         cells = (
             one("milliseconds", where, 1),
             one("efficiency", where, 3),
+            one("efficiency_at_once", where, 3),
             one("exposed_milliseconds", where | {"by": "one device"}, 1),
             one("computing_milliseconds", where, 1),
             one("idle_milliseconds", where, 1),
@@ -62,6 +63,7 @@ def table(results: Results) -> str:
         "tokens/s",
         "ms",
         "efficiency",
+        "of devices that do their share at once",
         "ms over one device's share",
         "ms computing",
         "ms idle",

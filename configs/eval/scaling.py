@@ -37,6 +37,7 @@ _VARIANTS = {
         workers=20,  # programs compiled at a time
         profile=True,  # the collectives of a step, by the profiler
         links=True,  # an all-reduce of all devices at seven sizes
+        at_once=False,  # also one device's share on every device at one time, nothing sent (weak cases)
         seed=0,
     ),
     "quick": dict(
@@ -50,6 +51,7 @@ _VARIANTS = {
         workers=2,
         profile=False,
         links=False,
+        at_once=True,
     ),
 }
 
