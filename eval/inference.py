@@ -2,7 +2,8 @@
 
 * reading: peak memory of reading 4k, 64k and 1M tokens, each in a process of its own;
 * latency: a token after 1k and after 1M tokens;
-* decoding: tokens a second by batch and context, beside attention with its cache in the same code, as a
+* decoding: tokens a second by batch and context, a block of tokens begun before the last one is waited for
+  as ``generate`` does it (single tokens one by one), beside attention with its cache in the same code, as a
   share of the bound set by reading weights and state once at this device's copy bandwidth (all of the state:
   memories with the residues of their sums, tails, caches), and of the traffic of a token as it is decoded;
 * storage, logits: capacity and logit error of states in bfloat16, int8 and int4;

@@ -120,7 +120,8 @@ def generate(
 
     Prompts may have different lengths. Each row's result is what it would be alone, up to the rounding of
     batched products: its noise depends on its own seed and position, and finished rows stand still. Tokens
-    are drawn and read by one compiled loop of ``block_size`` tokens; the host hears of them once a block.
+    are drawn and read by one compiled loop of ``block_size`` tokens; the host hears of them once a block,
+    when the next one has begun.
 
     Args:
       model: the model; pass ``decoding_form(model)`` to convert it once for many calls.
@@ -134,7 +135,7 @@ def generate(
       seen: tokens read before the prompts that the repetition penalty applies to, with it only.
       state_dtype: of the state made if ``state`` is None, see ``init_state``.
       allowed_tokens: ids from here on are never drawn (a vocabulary padded beyond its tokenizer).
-      callback: called after every block with the new ids of each row; it may raise to stop.
+      callback: called after every block with the new ids of each row, in order; it may raise to stop.
       block_size: tokens in a block.
       piece_size: see ``prefill``.
 
@@ -180,18 +181,19 @@ def generate(
         seen=_seen(rows, seen, batch, config.vocab_size) if sampling.penalises else None,
     )
     decoding = owned(params, decoding)
+    how = dict(steps=min(block_size, max_new_tokens), plan=sampling.plan, form=form)
+
+    def begin(decoding: Decoding) -> Any:
+        return block_of(form)(graphdef, params, decoding, inputs, packed, **how)
+
     tokens: list[list[int]] = [[] for _ in range(batch)]
-    for _ in range(-(-max_new_tokens // block_size)):
-        decoding, block, finite = block_of(form)(
-            graphdef,
-            params,
-            decoding,
-            inputs,
-            packed,
-            steps=min(block_size, max_new_tokens),
-            plan=sampling.plan,
-            form=form,
-        )
+    blocks = -(-max_new_tokens // block_size)
+    begun = begin(decoding)
+    for number in range(blocks):
+        decoding, block, finite = begun
+        if number + 1 < blocks:
+            # Before this one is waited for, so that the device does not wait for the host.
+            begun = begin(decoding)
         if not bool(finite):
             raise FloatingPointError(
                 "the model's logits are not finite; its parameters or state hold NaN or infinity"
@@ -201,8 +203,10 @@ def generate(
             row.extend(ids)
         if callback is not None:
             callback(new)
-        if not np.asarray(decoding.remaining).any():
+        if all(len(row) == max_new_tokens or row[-1] in stops for row in tokens):
             break
+    # In a block begun for nothing rows stand still.
+    decoding = begun[0]
     state = decoding.state._replace(layers=release_layers(decoding.state.layers))
     state = split_state(state) if is_split(start.state.layers) else stack_state(state)
     stopped = [bool(row) and row[-1] in stops for row in tokens]
