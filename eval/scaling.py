@@ -340,6 +340,9 @@ def profile(reporter: Reporter, plan: Plan, one: Callable[[], Any]) -> None:
         exact("computing_milliseconds", found.computing, **where),
         exact("idle_milliseconds", found.idle, **where),
     )
+    if plan.devices > 1:
+        for device, own in enumerate(found.each):
+            reporter.add(exact("device_computing_milliseconds", own, device=device, **where))
     for between, milliseconds, times in found.gaps:
         reporter.add(
             exact("gap_milliseconds", milliseconds, detail=f"{times:g} times", between=between, **where)

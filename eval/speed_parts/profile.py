@@ -64,6 +64,7 @@ class StepTimes(NamedTuple):
       idle: in which it ran nothing, from its first event to its last.
       gaps: where it was idle longest in all: by what ran before and what came next, with the number of times.
       kernels: the largest, by name without trailing numbers, with the sum of their durations.
+      each: ``computing`` of every device; those of one machine differ in clocks, and wait for the slowest.
     """
 
     computing: float
@@ -72,9 +73,10 @@ class StepTimes(NamedTuple):
     idle: float
     gaps: list[tuple[str, float, float]]
     kernels: list[tuple[str, float]]
+    each: list[float]
 
 
-def step_times(run: Callable[[], Any], count: int = 24) -> StepTimes | None:
+def step_times(run: Callable[[], Any], count: int = 48) -> StepTimes | None:
     """Where the devices' time goes in a ``run()``; None where the profiler saw no kernels, as on CPUs."""
     devices: dict[Any, list[dict[str, Any]]] = collections.defaultdict(list)
     names: dict[str, float] = collections.defaultdict(float)
@@ -84,17 +86,23 @@ def step_times(run: Callable[[], Any], count: int = 24) -> StepTimes | None:
     if not devices:
         return None
     each = 1e-3 / _CALLS / len(devices)
-    computing, sending, alone = (sum(one) * each for one in zip(*map(exposed, devices.values()), strict=True))
+    found = [exposed(devices[pid]) for pid in sorted(devices)]
+    computing, sending, alone = (sum(one) * each for one in zip(*found, strict=True))
     largest = sorted(names.items(), key=lambda item: -item[1])[:count]
     idle: dict[str, list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
     for events in devices.values():
         for name, gap in gaps(events):
             idle[name][0] += gap * each
             idle[name][1] += 1 / _CALLS / len(devices)
-    longest = sorted(((name, *found) for name, found in idle.items()), key=lambda item: -item[1])
-    kernels = [(name, spent * each) for name, spent in largest]
+    longest = sorted(((name, *spent) for name, spent in idle.items()), key=lambda item: -item[1])
     return StepTimes(
-        computing, sending, alone, sum(gap for _, gap, _ in longest), longest[: count // 2], kernels
+        computing=computing,
+        sending=sending,
+        alone=alone,
+        idle=sum(gap for _, gap, _ in longest),
+        gaps=longest[: count // 4],
+        kernels=[(name, spent * each) for name, spent in largest],
+        each=[own[0] * 1e-3 / _CALLS for own in found],
     )
 
 
