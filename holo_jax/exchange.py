@@ -84,21 +84,24 @@ def all_reduce(x: Array, axis: str, exchange: Exchange) -> Array:
     return all_gather(part, axis, 0, exchange).astype(x.dtype)
 
 
-def all_reduce_together(arrays: Sequence[Array], axis: str, exchange: Exchange, after: Array) -> Array:
-    """Sums over ``axis``, side by side in one array (``apart``), the same bits on every device.
-
-    By two all-to-alls: each device receives its part of the arrays side by side from all, adds up in float32
-    once the number ``after`` is known, rounds as ``exchange`` says, and sends the sum to all. So the first is
-    sent beside what ends with that number, and the second beside what follows.
-    """
-    count = lax.axis_size(axis)
+def side_by_side(arrays: Sequence[Array], count: int, exchange: Exchange) -> Array:
+    """``[count, ...]``: the arrays one after the other as ``exchange`` sends them, in equal parts."""
     flat = [_rounded(arrays[i], exchange.reduce_dtype).reshape(-1) for i in _longest_first(arrays)]
     rest = -sum(x.size for x in flat) % (count * _ALIGNED)
     side = [x for x in flat if x.size >= _SHORT]
     if short := [x for x in flat if x.size < _SHORT] + [jnp.zeros(rest, flat[0].dtype)] * bool(rest):
         # Where XLA joins more than ten arrays it reads number by number, so it may not join all in one go.
         side.append(lax.optimization_barrier(jnp.concatenate(short)))
-    parts = jnp.concatenate(side).reshape(count, -1)
+    return jnp.concatenate(side).reshape(count, -1)
+
+
+def all_reduce_parts(parts: Array, axis: str, exchange: Exchange, after: Array) -> Array:
+    """The sum over ``axis`` of ``[axis size, ...]``, which ``exchange`` sends by copies, flat.
+
+    By two all-to-alls: each device receives its part from all, adds up in float32 once the number ``after``
+    is known, rounds, and sends the sum to all, which so have the same bits. The first is sent beside what
+    ends with that number, the second beside what follows.
+    """
     received = lax.all_to_all(parts, axis, 0, 0, tiled=True)
     part = jnp.sum(received, axis=0, dtype=jnp.float32)
     part = _rounded(jnp.where(jnp.isnan(after), after, part), exchange.reduce_dtype)
@@ -106,7 +109,7 @@ def all_reduce_together(arrays: Sequence[Array], axis: str, exchange: Exchange, 
 
 
 def apart(joined: Array, like: Sequence[jax.ShapeDtypeStruct]) -> tuple[Array, ...]:
-    """The arrays that lie side by side in ``joined``, by their shapes and dtypes."""
+    """The arrays that lie ``side_by_side`` in ``joined``, flat, by their shapes and dtypes."""
     order = _longest_first(like)
     ends = itertools.accumulate(like[i].size for i in order)
     found = {

@@ -249,7 +249,8 @@ class HoloModel(nnx.Module):
         table = self.embedding[...]
         signal = None
         if apart and sums_alone():
-            table, _, signal = summed_meanwhile(table, None, "embedding")
+            table, _, sums = summed_meanwhile(table, None, "embedding")
+            signal = sums.signal
         x = lookup(table, input_ids, config.precision.storage)
         if config.tie_embeddings:
             x = x / jnp.asarray(embedding_std(config), x.dtype)
@@ -304,7 +305,7 @@ class HoloModel(nnx.Module):
         # Traced once, not once a period.
         run = jax.jit(_remat(body, config.remat, looped=False))
         carried: Any = (x, None)
-        signal = None
+        sums = None
         used = [period for period, _ in parts] + [following]
         waits = sums_alone() and following is not None
         if sums_alone():
@@ -312,10 +313,10 @@ class HoloModel(nnx.Module):
         for index, (_, own_turns) in enumerate(parts):
             if waits:
                 name = "following" if index + 1 == len(parts) else f"period {index + 1}"
-                used[index + 1], carried, signal = summed_meanwhile(used[index + 1], carried, name)
-            carried = run(used[index], own_turns, carried, signal)
-            if waits:
-                used[index + 1], carried = known_together(used[index + 1], carried)
+                used[index + 1], carried, sums = summed_meanwhile(used[index + 1], carried, name)
+            carried = run(used[index], own_turns, carried, None if sums is None else sums.signal)
+            if sums is not None:
+                used[index + 1], carried = known_together(used[index + 1], carried, sums.room)
         x, pending = carried
         return x if pending is None else x + pending, used[-1]
 

@@ -5,8 +5,9 @@ barriers: the gradients of a part of the model are computed (``known_together``)
 before it runs back (``summed_meanwhile``), from where on that says so (``signalled``).
 """
 
+from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import PartitionSpec as P
 
 from holo_jax.array_types import Array
-from holo_jax.exchange import Exchange, all_reduce, all_reduce_together, apart
+from holo_jax.exchange import Exchange, all_reduce, all_reduce_parts, apart, side_by_side
 from holo_jax.parallel import DATA, Tree, ambient_exchange, ambient_mesh, over_data, sent_alone
 
 
@@ -25,8 +26,20 @@ def sums_alone() -> bool:
     return ambient_exchange().in_order and mesh is not None and mesh.shape[DATA] == mesh.size
 
 
-def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree, Array]:
-    """Parameters once a device, ``[data, ...]``, ``stream`` and a signal, on a mesh that ``sums_alone``.
+class Sums(NamedTuple):
+    """What takes part in sums on the way back.
+
+    Attributes:
+      signal: ``[data]``; sums begin when its gradient is there (``signalled``).
+      room: by copies, ``[data, ...]`` whose gradient are the gradients to be summed (``known_together``).
+    """
+
+    signal: Array
+    room: Array | None
+
+
+def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree, Sums]:
+    """Parameters once a device, ``[data, ...]``, and ``stream``, on a mesh that ``sums_alone``.
 
     Nothing is sent forward, and functions ``sharded`` by ``P(DATA)`` take their own. Going back the gradients
     of this tree are summed, joined with each other and nothing else, and what goes back through ``stream``
@@ -40,19 +53,23 @@ def summed_meanwhile(tree: Tree, stream: Tree, name: str) -> tuple[Tree, Tree, A
 
     Args:
       tree: arrays that are the same on every device, to be used later.
-      stream: arrays between here and there; None where nothing is to wait.
+      stream: arrays between here and there, for ``known_together`` as well; None where nothing is to wait.
       name: of this tree alone.
     """
     leaves, structure = jax.tree.flatten(tree)
-    parts, stream, signal = _meanwhile(tuple(leaves), stream, name, ambient_exchange())
-    return jax.tree.unflatten(structure, parts), stream, signal
+    parts, stream, sums = _meanwhile(tuple(leaves), stream, name, ambient_exchange())
+    return jax.tree.unflatten(structure, parts), stream, sums
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _meanwhile(leaves: tuple[Array, ...], stream: Tree, name: str, exchange: Exchange) -> Any:
     mesh = ambient_mesh()
     assert mesh is not None
-    return _each(leaves), stream, jnp.zeros(mesh.shape[DATA])
+    count, room = mesh.shape[DATA], None
+    if stream is not None and exchange.transport == "copies":
+        room = jax.eval_shape(lambda own: side_by_side(own, count, exchange)[None], leaves)
+        room = jnp.zeros((count, *room.shape[1:]), room.dtype)
+    return _each(leaves), stream, Sums(jnp.zeros(count), room)
 
 
 def _meanwhile_fwd(leaves: tuple[Array, ...], stream: Tree, name: str, exchange: Exchange) -> Any:
@@ -60,10 +77,10 @@ def _meanwhile_fwd(leaves: tuple[Array, ...], stream: Tree, name: str, exchange:
 
 
 def _meanwhile_bwd(name: str, exchange: Exchange, _: None, gradients: Any) -> Any:
-    parts, stream, signal = gradients
+    parts, stream, sums = gradients
     if exchange.transport == "copies":
-        return _sums_by_copies(parts, stream, signal, exchange)
-    return lax.optimization_barrier((_sums(_after(parts, signal), name, exchange), stream))
+        return _sums_by_copies(parts, stream, sums, exchange)
+    return lax.optimization_barrier((_sums(_after(parts, sums.signal), name, exchange), stream))
 
 
 def _after(parts: tuple[Array, ...], signal: Array) -> tuple[Array, ...]:
@@ -120,21 +137,41 @@ def _signalling_bwd(_: None, gradients: Tree) -> tuple[Tree, Array]:
 signalling.defvjp(_signalling_fwd, _signalling_bwd)
 
 
-@jax.custom_vjp
-def known_together(tree: Tree, stream: Tree) -> tuple[Tree, Tree]:
-    """Both as they are; going back, ``stream`` waits for the gradients of ``tree`` to be computed."""
+def known_together(tree: Tree, stream: Tree, room: Array | None) -> tuple[Tree, Tree]:
+    """Both as they are; going back, ``stream`` waits for the gradients of ``tree`` to be computed.
+
+    Where there is ``room`` of ``summed_meanwhile``, side by side in it.
+    """
+    return _together(tree, stream, room, ambient_exchange())
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _together(tree: Tree, stream: Tree, room: Array | None, exchange: Exchange) -> tuple[Tree, Tree]:
     return tree, stream
 
 
-def _together_fwd(tree: Tree, stream: Tree) -> Any:
-    return (tree, stream), None
+def _together_fwd(tree: Tree, stream: Tree, room: Array | None, exchange: Exchange) -> Any:
+    return (tree, stream), room is not None
 
 
-def _together_bwd(_: None, gradients: Any) -> Any:
-    return lax.optimization_barrier(gradients)
+def _together_bwd(exchange: Exchange, has_room: bool, gradients: Any) -> Any:
+    tree, stream = gradients
+    if not has_room:
+        return *lax.optimization_barrier((tree, stream)), None
+    joined, stream = lax.optimization_barrier((_joined(jax.tree.leaves(tree), exchange), stream))
+    return None, stream, joined
 
 
-known_together.defvjp(_together_fwd, _together_bwd)
+_together.defvjp(_together_fwd, _together_bwd)
+
+
+def _joined(gradients: Sequence[Array], exchange: Exchange) -> Array:
+    """Gradients ``[data, ...]``, those of a device side by side, ``[data, data, ...]``."""
+
+    def own(gradients: Sequence[Array]) -> Array:
+        return side_by_side([g[0] for g in gradients], lax.axis_size(DATA), exchange)[None]
+
+    return over_data(own, P(DATA), P(DATA))(gradients)
 
 
 def _each(leaves: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -153,16 +190,16 @@ def _sums(parts: tuple[Array, ...], name: str, exchange: Exchange) -> tuple[Arra
     return over_data(own, P(DATA), P())(parts)
 
 
-def _sums_by_copies(parts: tuple[Array, ...], stream: Tree, signal: Array, exchange: Exchange) -> Any:
+def _sums_by_copies(parts: tuple[Array, ...], stream: Tree, sums: Sums, exchange: Exchange) -> Any:
     """The same, sent side by side, and ``stream`` behind them.
 
     They are cut apart behind the barrier, where those who read them can do it.
     """
+    joined = _joined(parts, exchange) if sums.room is None else sums.room
 
-    def own(given: Any) -> Array:
-        parts, signal = given
-        return all_reduce_together([g[0] for g in parts], DATA, exchange, signal[0])
+    def own(given: tuple[Array, Array]) -> Array:
+        return all_reduce_parts(given[0][0], DATA, exchange, given[1][0])
 
-    joined = over_data(own, P(DATA), P())((parts, signal))
-    joined, stream = lax.optimization_barrier((joined, stream))
-    return apart(joined, [jax.ShapeDtypeStruct(g.shape[1:], g.dtype) for g in parts]), stream
+    summed = over_data(own, P(DATA), P())((joined, sums.signal))
+    summed, stream = lax.optimization_barrier((summed, stream))
+    return apart(summed, [jax.ShapeDtypeStruct(g.shape[1:], g.dtype) for g in parts]), stream
