@@ -23,6 +23,7 @@ from holo_jax.generate.checks import (
 )
 from holo_jax.generate.counts import Counts, unpacked
 from holo_jax.generate.forms import decoding_form, is_split, owned, split_state, stack_state
+from holo_jax.generate.hashed import Hashed
 from holo_jax.generate.pending import GROUP, hold_layers, holds, release_layers
 from holo_jax.generate.reading import PIECE_SIZE, Reading, init_state, next_logits, prefill, read
 from holo_jax.generate.sampling import Plan, Sampling, SamplingNumbers, draw, row_keys
@@ -181,10 +182,11 @@ def generate(
         seen=_seen(rows, seen, batch, config.vocab_size) if sampling.penalises else None,
     )
     decoding = owned(params, decoding)
+    definition = Hashed(graphdef)
     how = dict(steps=min(block_size, max_new_tokens), plan=sampling.plan, form=form)
 
     def begin(decoding: Decoding) -> Any:
-        return block_of(form)(graphdef, params, decoding, inputs, packed, **how)
+        return block_of(form)(definition, params, decoding, inputs, packed, **how)
 
     tokens: list[list[int]] = [[] for _ in range(batch)]
     blocks = -(-max_new_tokens // block_size)
@@ -235,7 +237,7 @@ def _decode_block(
     are finished read padding, which leaves their state as it is.
 
     Args:
-      graphdef, params: ``nnx.split(decoding_form(model), nnx.Param)``.
+      graphdef, params: ``nnx.split(decoding_form(model), nnx.Param)``; the first may be ``Hashed``.
       decoding: where it stands; its buffers are reused.
       inputs: see ``DecodingInputs``.
       packed: ``stepping.pack`` of the model for this form.
@@ -246,7 +248,7 @@ def _decode_block(
     Returns:
       Where it stands then, the tokens (-1 for rows that were finished) and whether all logits were finite.
     """
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef.value if isinstance(graphdef, Hashed) else graphdef, params)
     turns = positional_turns(model.config)
     permitted = jnp.arange(model.config.vocab_size)[None] < inputs.allowed
     groups = -(-steps // GROUP)
