@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     "holo_jax.array_types",
     "holo_jax.precision",
+    "holo_jax.target",
     "holo_jax.exchange",
     "holo_jax.parallel",
     "holo_jax.ordered_sums",

@@ -80,7 +80,7 @@ def _show(console: Console, config: RunConfig, plan: Plan, advice: tuple[str, ..
         "batch and counters": m.other,
         "gradients": m.gradients,
         "activations kept": m.kept,
-        "activations of one block, computed again": m.working,
+        "activations of one block": m.working,
         "weights of one block, gathered": m.gathered,
         "logits": m.logits,
         "optimizer, while it updates": m.update,
@@ -104,6 +104,12 @@ def _show(console: Console, config: RunConfig, plan: Plan, advice: tuple[str, ..
         f"a step of {plan.tokens_per_step:,} tokens: {compute:.1f} ms of computation ({basis}), "
         f"{sent:.1f} ms of communication"
     )
+    if plan.missing is not None:
+        console.print(
+            f"memory is that of training with what is installed here: {plan.missing}; "
+            "the speed was measured with those kernels",
+            markup=False,
+        )
     rates = plan.tokens_per_second
     hours = [RUN_TOKENS / rate / 3600 for rate in rates]
     if plan.exchanges:

@@ -3,6 +3,7 @@
 import jax
 
 from holo_jax.array_types import Array
+from holo_jax.target import platform
 
 
 @jax.custom_vjp
@@ -35,4 +36,4 @@ def splits_stacks() -> bool:
 
     On GPUs. CPUs take 5% more time for a step of the quick start so than by ``lax.scan``'s own unrolling.
     """
-    return jax.default_backend() != "cpu"
+    return platform() != "cpu"

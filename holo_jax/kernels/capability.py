@@ -1,12 +1,57 @@
-"""What this process could run a kernel on, and the error of a request that cannot be met."""
+"""What this process could run a kernel on, or plans for, and the error of a request that cannot be met."""
 
+import contextlib
+import importlib
+import types
+from collections.abc import Iterator
 from importlib import metadata, util
+from typing import Any
 
 import jax
+
+from holo_jax.target import TOLD, Card, told
 
 
 class BackendUnavailableError(RuntimeError):
     """A memory backend was asked for by name and cannot run this call; the message says why."""
+
+
+@contextlib.contextmanager
+def planned_for(card: Card) -> Iterator[None]:
+    """Inside, programs are traced as on ``card``, whatever is present: with its kernels, not to be run here.
+
+    Kernels of packages that are not installed are not among them. jax-linear-attention asks for the device
+    once a process and remembers the answer; inside it remembers the card, in every thread.
+    """
+    with TOLD(card), _remembered(card):
+        yield
+
+
+@contextlib.contextmanager
+def _remembered(card: Card) -> Iterator[None]:
+    if util.find_spec("jla") is None:
+        yield
+        return
+    module: Any = importlib.import_module("jla.ops.mosaic_gpu._common")
+    major, minor = card.compute_capability
+    device = types.SimpleNamespace(
+        platform="gpu", compute_capability=f"{major}.{minor}", core_count=card.multiprocessors
+    )
+    asked = (module.is_hopper, module.num_sms)
+    real = module.jax
+    for question in asked:
+        question.cache_clear()
+    module.jax = types.SimpleNamespace(devices=lambda: [device])
+    try:
+        for question in asked:
+            question()
+    finally:
+        module.jax = real
+    try:
+        yield
+    finally:
+        for question in asked:
+            question.cache_clear()
 
 
 def target_device() -> jax.Device:
@@ -18,7 +63,10 @@ def target_device() -> jax.Device:
 
 
 def compute_capability() -> tuple[int, int] | None:
-    """CUDA compute capability of the target device, or None if it is no CUDA GPU."""
+    """CUDA compute capability of the told card or the target device, or None if it is no CUDA GPU."""
+    card = told()
+    if card is not None:
+        return card.compute_capability
     device = target_device()
     capability = getattr(device, "compute_capability", None)
     if device.platform != "gpu" or not isinstance(capability, str) or "." not in capability:
@@ -49,4 +97,4 @@ def partitioned() -> bool:
         return any(
             kind != manual for kind, size in zip(mesh.axis_types, mesh.axis_sizes, strict=True) if size > 1
         )
-    return jax.device_count() > 1
+    return told() is None and jax.device_count() > 1

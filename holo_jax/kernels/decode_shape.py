@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 
 from holo_jax.kernels.capability import compute_capability, target_device
+from holo_jax.target import told
 
 
 class Shape(NamedTuple):
@@ -78,4 +79,5 @@ def unsupported_heads(shape: Shape) -> str | None:
 
 def multiprocessors() -> int:
     """Of the device that a computation traced now will run on; 0 where it does not say."""
-    return int(getattr(target_device(), "core_count", 0) or 0)
+    card = told()
+    return int(getattr(target_device(), "core_count", 0) or 0) if card is None else card.multiprocessors

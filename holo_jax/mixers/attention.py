@@ -12,9 +12,11 @@ from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.config import HoloConfig
 from holo_jax.functional import phases_at, rope_frequencies
 from holo_jax.layers import Linear, parameter, project, residual_std
+from holo_jax.mixers.attention_shapes import attention_shapes
 from holo_jax.mixers.context import Context
 from holo_jax.parallel import SEQ, ambient_mesh, layout, sequence_axis, sharded
 from holo_jax.sequence import next_tail, of_last_device, short_convolution, tail_before, with_tail
+from holo_jax.target import platform, told
 
 _FLASH_MULTIPLE = 64
 
@@ -146,11 +148,14 @@ class AttentionMixer(nnx.Module):
         mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
         # cuDNN adds a mask to scores: b t t numbers in the storage dtype. With a window too it is unchecked.
         flash = (
-            jax.default_backend() == "gpu"
+            platform() == "gpu"
             and (mask is None or not window)
             and queries.dtype in (jnp.bfloat16, jnp.float16)
             and queries.shape[1] % _FLASH_MULTIPLE == 0
         )
+        if flash and told() is not None:
+            bias = None if mask is None else jnp.where(mask, 0, -jnp.inf).astype(queries.dtype)
+            return attention_shapes(queries, keys, values, bias)
         return jax.nn.dot_product_attention(
             queries,
             keys,

@@ -7,6 +7,8 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
 
+from holo_jax.kernels import hopper
+from holo_jax.kernels.capability import planned_for
 from holo_jax.model import count_parameters
 from holo_jax.parallel import TENSOR
 from train.model_functions import model_functions
@@ -33,6 +35,7 @@ class Plan:
       measured: whether the share of the product rate behind it was measured for these mixers.
       exchanges: communication of a step.
       tokens_per_step: tokens of a step.
+      missing: why kernels that training can use are not in the program that was traced, or None.
     """
 
     devices: int
@@ -44,6 +47,7 @@ class Plan:
     measured: bool
     exchanges: list[Exchange]
     tokens_per_step: int
+    missing: str | None
 
     @property
     def fits(self) -> bool:
@@ -92,6 +96,7 @@ class Plan:
             "compute_seconds": self.compute_seconds,
             "speed_measured": self.measured,
             "exchanges": [dict(zip(names, one, strict=True)) for one in sent],
+            "kernels_missing": self.missing,
             "tokens_per_step": self.tokens_per_step,
             "tokens_per_second": {"best": best, "worst": worst},
             "seconds_for_6b_tokens": {"best": RUN_TOKENS / best, "worst": RUN_TOKENS / worst},
@@ -107,7 +112,7 @@ def make_plan(config: RunConfig, devices: int, hardware: Hardware) -> Plan:
     # mesh.devices says how many of those present a run uses; here all that are asked for are present.
     sizes = mesh_sizes(config.mesh, devices)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    memory = estimate_memory(config, mesh)
+    memory = estimate_memory(config, mesh, hardware.card)
     functions = model_functions(config.model)
     used = math.prod(sizes)
     share, measured = step_share(config.model, mesh.shape[TENSOR])
@@ -124,7 +129,13 @@ def make_plan(config: RunConfig, devices: int, hardware: Hardware) -> Plan:
         measured=measured,
         exchanges=exchanges(config, mesh, hardware),
         tokens_per_step=config.tokens_per_step,
+        missing=_missing(hardware),
     )
+
+
+def _missing(hardware: Hardware) -> str | None:
+    with planned_for(hardware.card):
+        return hopper.missing()
 
 
 def advise(config: RunConfig, devices: int, hardware: Hardware) -> tuple[str, ...]:

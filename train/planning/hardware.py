@@ -3,6 +3,7 @@
 import dataclasses
 
 from holo_jax.config import HoloConfig
+from holo_jax.target import Card
 
 GB = 10**9
 
@@ -35,6 +36,7 @@ class Hardware:
 
     Attributes:
       name: of the device.
+      card: what programs are traced for.
       hbm_gb: its memory in 10^9 bytes, as it is sold.
       product_flops: rate of a large bfloat16 product.
       copy_bytes: bytes read plus written a second by a large copy.
@@ -42,6 +44,7 @@ class Hardware:
     """
 
     name: str
+    card: Card
     hbm_gb: float
     product_flops: float
     copy_bytes: float
@@ -69,6 +72,7 @@ class Hardware:
 # collective starts as slowly.
 H100 = Hardware(
     name="NVIDIA H100",
+    card=Card(compute_capability=(9, 0), multiprocessors=132),
     hbm_gb=80.0,
     product_flops=702e12,
     copy_bytes=2.96e12,

@@ -1,13 +1,12 @@
 """Bytes on one device, by part, for a train step: traced and divided, never compiled or run.
 
 State and gradients follow from the shapes and the sharding rules. What loss and backward pass hold is read
-from the program that one device traces, its exchanges included: the arrays that are written and still needed
-at its worst moment (``train.planning.liveness``); and, to show it by part, what the forward pass keeps for
-the backward pass. Of memory and attention by kernels a trace says nothing: there only what the forward pass
-keeps is read from it, and what a block computes again and a kernel keeps are rules, given where they are
-used; they were set with three measured programs in view (``tests/train/test_plan.py``).
+from the program that one device traces, with the kernels of the card that is planned for and its exchanges:
+the arrays that are written and still needed at its worst moment (``train.planning.liveness``); and, to show
+it by part, what the forward pass keeps for the backward pass.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -21,15 +20,16 @@ from jax.sharding import PartitionSpec as P
 
 from holo_jax.config import HoloConfig
 from holo_jax.exchange import Exchange
-from holo_jax.functional import accumulate
+from holo_jax.kernels.block import uses
+from holo_jax.kernels.capability import planned_for
+from holo_jax.kernels.linear_cross_entropy import unsupported as loss_unsupported
 from holo_jax.parallel import exchanging
+from holo_jax.target import Card
 from train.model_functions import model_functions
 from train.optimizer import make_optimizer
 from train.planning.liveness import live_bytes
 from train.run_config import RunConfig
 from train.sharding import MESH_AXES, check_batch, check_model, optimizer_shardings, parameter_shardings
-
-_KERNEL_WIDTHS = (64, 128)
 
 
 class Memory(NamedTuple):
@@ -41,12 +41,12 @@ class Memory(NamedTuple):
       other: counters, the key, and the batch.
       gradients: float32; twice where a batch is accumulated in parts.
       kept: activations that the forward pass keeps.
-      working: what one block computes again in the backward pass.
+      working: the rest of what loss and backward pass hold: what a block makes, or computes again.
       gathered: weights of one block, and their gradient, in one piece where ``fsdp`` divides them.
       logits: one chunk of logits and its gradient, and the output weights with theirs.
       update: what the optimizer needs beside moments and gradients.
       traced: the most that loss and backward pass hold beside their arguments, gradients included, by the
-        traced program; None where the rules for a kernel stand for it.
+        traced program.
     """
 
     params: int
@@ -58,7 +58,7 @@ class Memory(NamedTuple):
     gathered: int
     logits: int
     update: int
-    traced: int | None = None
+    traced: int
 
     @property
     def state(self) -> int:
@@ -69,14 +69,8 @@ class Memory(NamedTuple):
     def phases(self) -> dict[str, int]:
         """Bytes at the moments that can be the largest."""
         summed = self.gradients // 2 if self.accumulated else 0
-        if self.traced is not None:
-            return {
-                "loss and backward": self.state + summed + self.traced,
-                "update": self.state + self.gradients - summed + self.update,
-            }
         return {
-            "loss": self.state + summed + self.kept + self.logits,
-            "backward": self.state + self.gradients + self.kept + self.working + self.gathered,
+            "loss and backward": self.state + summed + self.traced,
             "update": self.state + self.gradients - summed + self.update,
         }
 
@@ -92,15 +86,14 @@ class Memory(NamedTuple):
 
 
 def estimate_memory(
-    config: RunConfig, mesh: AbstractMesh, *, kernels: bool = True, packed: bool = True
+    config: RunConfig, mesh: AbstractMesh, card: Card | None = None, *, packed: bool = True
 ) -> Memory:
     """Bytes on each device of ``mesh`` for a step of ``config``.
 
     Args:
       config: the run.
       mesh: its axes; devices are not needed.
-      kernels: whether the memory runs by a kernel where one supports it, as on the planned GPU, or in
-        portable form.
+      card: what each device is; None for those present, then with the memory in portable form.
       packed: whether rows have segment ids, as in training.
 
     Raises:
@@ -117,20 +110,18 @@ def estimate_memory(
     params = _divided(functions.shapes, params_at)
     rows = config.global_batch_size // (sizes["data"] * fsdp * config.accumulation_steps)
     length = config.context_length // sizes["seq"]
-    shard = _shard(model, tensor)
+    shard = _shard(model, tensor) if card is not None else _portable(_shard(model, tensor))
     divided = _Divided(fsdp, sizes["seq"], tensor, config.mesh.exchange)
-    by_kernel = kernels and _by_kernel(model, packed)
-    activations = _activations(shard, rows, length, by_kernel, packed, divided)
+    kept = _kept(shard, rows, length, packed, divided, card)
     width, vocab = shard.hidden_size, shard.vocab_size
     storage, wide = _itemsize(model.precision.storage), _itemsize(model.precision.logits)
+    if _loss_by_kernel(shard, divided, card):
+        wide = storage  # exponentials in 16 bits stand for the logits
     chunk = rows * min(length, max(1, model.loss_chunk // rows))
     period = sum(_bytes(leaf) for leaf in _blocks(functions.shapes)) // model.num_periods // tensor
     # Weights that stay gathered are among what is kept.
     gathered = (2 if config.mesh.reshard_after_forward else 1) * period if fsdp > 1 else 0
-    traced, working = None, activations.working
-    if not by_kernel:
-        traced = _traced(shard, rows, length, packed, divided)
-        working = max(0, traced - params - activations.kept - gathered)
+    traced = _traced(shard, rows, length, packed, divided, card)
     ways = sizes["data"] * fsdp * sizes["seq"]
     tokens = config.global_batch_size * config.context_length // ways
     return Memory(
@@ -138,8 +129,8 @@ def estimate_memory(
         optimizer=_divided(moments, optimizer_shardings(mesh, moments, params_at)),
         other=2 * 4 * tokens + 20,  # tokens and segment ids; step, skipped, nonfinite_run and the key
         gradients=params * (2 if config.accumulation_steps > 1 else 1),
-        kept=activations.kept,
-        working=working,
+        kept=kept,
+        working=max(0, traced - params - kept - gathered),
         gathered=gathered,
         logits=chunk * vocab * (wide + storage) + width * vocab * (wide + storage),
         update=_update(config, functions.shapes, params_at),
@@ -171,142 +162,41 @@ class _Divided(NamedTuple):
         return self.fsdp, self.seq, self.tensor
 
 
-class _Activations(NamedTuple):
-    kept: int
-    working: int
-
-
 @functools.lru_cache(maxsize=64)
-def _activations(
-    config: HoloConfig, rows: int, length: int, by_kernel: bool, packed: bool, divided: _Divided
-) -> _Activations:
-    """Activations of one device's rows [rows, length], which may be parts of a divided sequence.
+def _kept(
+    config: HoloConfig, rows: int, length: int, packed: bool, divided: _Divided, card: Card | None
+) -> int:
+    """Bytes that the forward pass of one device's rows [rows, length] keeps, of its blocks and around them.
 
-    What is computed again is given only where the memory runs by a kernel.
+    Its blocks are a loop here, whatever runs: only a loop shows what it keeps by layer.
     """
-    portable = config.replace(memory_backend="portable")
-    kept = _kept(portable, rows, length, packed, divided)
-    if not by_kernel:
-        return _Activations(kept.stacked + kept.outside, 0)
-    memories = sum(kind == "holo" for kind in config.layer_kinds)  # of one period
-    token = rows * length * _itemsize(config.precision.storage)
-    keys = config.num_heads * 2 * config.phasors
-    # A part of a divided sequence keeps inverses of chunks and what segments need as well: about as much as
-    # more channels. A million tokens over four H200: 25.5 GiB by this, 28.3 by XLA's plan.
-    channels = config.hd_dim + (keys if divided.seq > 1 and config.erase else 0)
-    # What a kernel keeps: the features of both phases, the written values and the read.
-    op = token * (2 * keys + 2 * channels)
-    stacked = kept.stacked
-    if config.remat == "none":
-        stacked += memories * config.num_periods * (op - _memory_op(portable, rows, length, packed))
-        return _Activations(stacked + kept.outside, 0)
-    if config.remat == "dots":
-        stacked += memories * config.num_periods * token * channels
-    whole = _kept(portable.replace(remat="none"), rows, length, packed, divided)
-    again = (whole.materialised - kept.materialised) // config.num_periods
-    return _Activations(stacked + kept.outside, max(0, again) + memories * op)
-
-
-def _by_kernel(config: HoloConfig, packed: bool) -> bool:
-    """Whether a mixer runs by a kernel on Hopper; attention is planned so without segments only.
-
-    Packed rows run by cuDNN as well where there is no window; their plan still holds scores of all pairs,
-    which is more than is needed.
-    """
-    if "attention" in config.layer_kinds and not packed:
-        return True
-    return "holo" in config.layer_kinds and _kernel_supports(config)
-
-
-def _kernel_supports(config: HoloConfig) -> bool:
-    """Whether the Hopper kernels take this memory (``holo_jax.kernels.hopper.unsupported``)."""
-    return (
-        config.memory_backend in ("auto", "hopper")
-        and config.binding == "outer"
-        and config.memory_method == "chunked"
-        and config.chunk_size in (0, 64)
-        and config.precision.storage in ("bfloat16", "float16")
-        and 2 * config.phasors in _KERNEL_WIDTHS
-        and config.head_dim in _KERNEL_WIDTHS
-    )
-
-
-class _Kept(NamedTuple):
-    """Bytes that the forward pass keeps.
-
-    Attributes:
-      stacked: of the blocks, over depth.
-      materialised: those of them that are written to memory when a block is computed again. Steps between two
-        arrays of the storage dtype are element-wise, so the compiler fuses them; scores of pairs are not.
-      outside: before and after the blocks.
-    """
-
-    stacked: int
-    materialised: int
-    outside: int
-
-
-@functools.lru_cache(maxsize=64)
-def _kept(config: HoloConfig, rows: int, length: int, packed: bool, divided: _Divided) -> _Kept:
     weights = (config.hidden_size, config.vocab_size)
-    attends = "attention" in config.layer_kinds
-    params, ids, loss = _loss(config, rows, length, packed, divided)
-    stacked = materialised = 0
+    params, ids, loss = _loss(config.replace(scan_unroll=1), rows, length, packed, divided)
+    stacked = 0
     outside: dict[tuple[int, ...], int] = {}
-    for leaf in _residuals(loss, divided, params, ids, ids):
-        size = _bytes(leaf)
+    for leaf in _residuals(loss, divided, card, params, ids, ids):
         if leaf.shape[:1] == (config.num_periods,):
-            pairs = attends and leaf.ndim > 4 and leaf.shape[-2:] == (length, length)
-            if pairs and not packed:
-                continue  # without segments attention runs by a kernel, which keeps no scores
-            stacked += size
-            materialised += size if pairs or leaf.dtype == config.precision.storage else 0
+            stacked += _bytes(leaf)
         elif leaf.shape != weights:  # the output weights' gradient is counted as such
             # Wide and narrow forms of one array are one.
-            outside[leaf.shape] = min(size, outside.get(leaf.shape, size))
-    return _Kept(stacked, materialised, sum(outside.values()))
+            outside[leaf.shape] = min(_bytes(leaf), outside.get(leaf.shape, _bytes(leaf)))
+    return stacked + sum(outside.values())
 
 
 @functools.lru_cache(maxsize=64)
-def _memory_op(config: HoloConfig, rows: int, length: int, packed: bool) -> int:
-    """Bytes that the portable form of one layer's memory keeps for its own backward pass."""
-    h, m, d = config.num_heads, config.key_dim, config.head_dim
-    shape = lambda *tail: jax.ShapeDtypeStruct((rows, length, h, *tail), jnp.float32)  # noqa: E731
-    values = jax.ShapeDtypeStruct((rows, length, h, d), jnp.dtype(config.precision.storage))
-    inputs = [shape(m), shape(m), values, shape()]
-    inputs += [shape()] if config.erase else []
-    segments = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-
-    def read(inputs: Any, segments: Any) -> Any:
-        return accumulate(
-            *inputs,
-            binding=config.binding,
-            method=config.memory_method,
-            segment_ids=segments if packed else None,
-            chunk_size=config.chunk_size or None,
-        )[0]
-
-    return sum(_bytes(leaf) for leaf in _residuals(read, _Divided(), inputs, segments))
-
-
-@functools.lru_cache(maxsize=64)
-def _traced(config: HoloConfig, rows: int, length: int, packed: bool, divided: _Divided) -> int:
-    """The most bytes that loss and gradient of one device hold beside their arguments, in portable form."""
-    portable = config.replace(memory_backend="portable")
-    params, ids, loss = _loss(portable, rows, length, packed, divided)
-    traced = _of_one_device(lambda *given: jax.grad(loss)(*given), divided, params, ids, ids)
-    return live_bytes(traced)
+def _traced(
+    config: HoloConfig, rows: int, length: int, packed: bool, divided: _Divided, card: Card | None
+) -> int:
+    """The most bytes that loss and gradient of one device hold beside their arguments."""
+    params, ids, loss = _loss(config, rows, length, packed, divided)
+    return live_bytes(_of_one_device(lambda *given: jax.grad(loss)(*given), divided, card, params, ids, ids))
 
 
 def _loss(
     config: HoloConfig, rows: int, length: int, packed: bool, divided: _Divided
 ) -> tuple[Any, jax.ShapeDtypeStruct, Any]:
-    """Parameters and ids of one device, by shape, and its summed loss.
-
-    Its blocks are a loop, whatever the machine that plans would run: only a loop shows what it keeps by
-    layer. Unrolled on a GPU they hold less (`holo` with dots, 8 x 4,096: 17.0 GiB where a loop took 18.1).
-    """
-    functions = model_functions(config.replace(scan_unroll=1))
+    """Parameters and ids of one device, by shape, and its summed loss."""
+    functions = model_functions(config)
     mesh = AbstractMesh((1, divided.fsdp, 1, 1), MESH_AXES)
     params = jax.tree.map(
         lambda leaf, at: jax.ShapeDtypeStruct(at.shard_shape(leaf.shape), leaf.dtype),
@@ -322,31 +212,42 @@ def _loss(
     return params, jax.ShapeDtypeStruct((rows, length), jnp.int32), loss
 
 
-def _residuals(function: Any, divided: _Divided, differentiated: Any, *others: Any) -> list[Any]:
+def _loss_by_kernel(config: HoloConfig, divided: _Divided, card: Card | None) -> bool:
+    """Whether a kernel computes the loss; it stores exponentials in 16 bits in place of wide logits."""
+    if card is None or divided.tensor > 1 or not uses(config.products_backend, "products"):
+        return False
+    rows: Any = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.dtype(config.precision.storage))
+    weights: Any = jax.ShapeDtypeStruct((config.hidden_size, config.vocab_size), jnp.float32)
+    with planned_for(card):
+        return loss_unsupported(rows, weights, config.precision.logits) is None
+
+
+def _residuals(
+    function: Any, divided: _Divided, card: Card | None, differentiated: Any, *others: Any
+) -> list[Any]:
     """Shapes of what the vjp of ``function`` keeps, its inputs and constants excepted, each once.
 
     Args:
       function: of one device's arrays.
       divided: over how many devices; see ``_of_one_device``.
+      card: of each.
       differentiated, others: its arguments, of one device.
     """
 
     def backward(differentiated: Any, *others: Any) -> Any:
         return jax.tree.leaves(jax.vjp(lambda x: function(x, *others), differentiated)[1])
 
-    traced = _of_one_device(backward, divided, differentiated, *others)
+    traced = _of_one_device(backward, divided, card, differentiated, *others)
     given = {*traced.invars, *traced.constvars}
     kept = dict.fromkeys(v for v in traced.outvars if not isinstance(v, Literal))
     return [variable.aval for variable in kept if variable not in given]
 
 
-def _of_one_device(function: Any, divided: _Divided, *arguments: Any) -> Any:
+def _of_one_device(function: Any, divided: _Divided, card: Card | None, *arguments: Any) -> Any:
     """The jaxpr of ``function`` as one of the devices of a mesh runs it, with its exchanges."""
-    if divided.sizes == (1, 1, 1):
-        return jax.make_jaxpr(function)(*arguments).jaxpr
     mesh = AbstractMesh((1, *divided.sizes), MESH_AXES)
     every = jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
-    with exchanging(divided.exchange):
+    with exchanging(divided.exchange), contextlib.nullcontext() if card is None else planned_for(card):
         outer = jax.make_jaxpr(every)(*arguments).jaxpr
     (mapped,) = (one for one in outer.eqns if one.primitive.name == "shard_map")
     traced = mapped.params["jaxpr"]
@@ -370,11 +271,19 @@ class _Shard(HoloConfig):
 
 
 def _shard(config: HoloConfig, ways: int) -> HoloConfig:
+    """Where ``tensor`` divides heads, kernels between products do not run (``holo_jax.parallel``)."""
     if ways == 1:
         return config
+    if uses(config.block_backend, "products"):
+        config = config.replace(block_backend="products")
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(HoloConfig)}
     divided = {"hd_dim": config.hd_dim // ways, "vocab_size": config.vocab_size // ways}
     return _Shard(**fields | divided, ways=ways)
+
+
+def _portable(config: HoloConfig) -> HoloConfig:
+    """The memory in plain JAX, and blocks in a loop: unrolled where a GPU plans, they would hide it."""
+    return config.replace(memory_backend="portable", scan_unroll=1)
 
 
 def _blocks(tree: Any) -> list[Any]:

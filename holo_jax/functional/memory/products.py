@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from holo_jax.array_types import Array, Complex, Float
 from holo_jax.functional.trigonometry import sincos
 from holo_jax.functional.varying import vary_together
+from holo_jax.target import platform
 
 
 def features(phases: Float[Array, "... m"]) -> Float[Array, "... k"]:
@@ -54,7 +55,7 @@ def contract(spec: str, operands: DTypeLike, x: Array, y: Array) -> Array:
 def _contract(spec: str, operands: DTypeLike, x: Array, y: Array) -> Array:
     accumulator = jnp.float64 if jnp.dtype(operands) == jnp.float64 else jnp.float32
     x, y = x.astype(operands), y.astype(operands)
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # XLA's CPU runtime lacks some bfloat16 products ("Unsupported element type for DotThunk"); the
         # product of two bfloat16 numbers is exact in float32, so this is the same function.
         x, y = x.astype(accumulator), y.astype(accumulator)
