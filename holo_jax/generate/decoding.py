@@ -1,6 +1,5 @@
 """Generating tokens: a compiled loop over a block of tokens, and the call that runs blocks until done."""
 
-import functools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +20,8 @@ from holo_jax.generate.checks import (
     check_ids,
     check_room,
 )
-from holo_jax.generate.counts import Counts, unpacked
+from holo_jax.generate.counts import Counts, left, unpacked
+from holo_jax.generate.drawing import drawing_of, first_input, next_token
 from holo_jax.generate.forms import decoding_form, is_split, owned, split_state, stack_state
 from holo_jax.generate.hashed import Hashed
 from holo_jax.generate.pending import GROUP, hold_layers, holds, release_layers
@@ -215,9 +215,9 @@ def generate(
     return Generated(tokens, stopped, decoding.logits, state, decoding.seen)
 
 
-# Where a loop over groups stands: its ``Decoding``, the residual stream after the last block, whether all
-# logits were finite, how often it went round, and ``stepping.reusable``.
-_Grouped = tuple[Decoding, Array, Array, Array, Any]
+# Where a loop over groups stands: its ``Decoding``, the residual stream after the last block, the next token,
+# whether all logits were finite, how often it went round, and ``stepping.reusable``.
+_Grouped = tuple[Decoding, Array, Array, Array, Array, Any]
 
 
 def _decode_block(
@@ -254,14 +254,11 @@ def _decode_block(
     groups = -(-steps // GROUP)
     size = -(-steps // groups)
     mail = room_for_mail(model.config, form)
+    by_kernels = form.drawn and not plan.filters and decoding.seen is None
 
     def drawn(logits: Array, keys: Array, seen: Array | None) -> tuple[Array, Array]:
         allowed = jnp.where(permitted, logits, -jnp.inf)
         return draw(allowed, inputs.numbers, keys, seen, jnp.isfinite(logits), plan=plan)
-
-    def left(remaining: Array, token: Array, active: Array) -> Array:
-        stops = functools.reduce(jnp.logical_or, [token == stop for stop in inputs.stop_tokens])
-        return jnp.where(active, jnp.where(stops, 0, remaining - 1), remaining)
 
     def noted(seen: Array | None, token: Array, active: Array) -> Array | None:
         if seen is None:
@@ -274,74 +271,73 @@ def _decode_block(
         active = now.remaining > 0
         hidden, state = read(model, jnp.where(active, token, 0)[:, None], now.state, active[:, None], turns)
         logits = jnp.where(active[:, None], next_logits(model, hidden), now.logits)
-        now = Decoding(logits, state, left(now.remaining, token, active), noted(now.seen, token, active))
+        remaining = left(now.remaining, token, active, inputs.stop_tokens)
+        now = Decoding(logits, state, remaining, noted(now.seen, token, active))
         return (now, finite & jnp.all(checks)), jnp.where(active, token, NONE)
 
     def group(carry: _Grouped, no: None) -> tuple[_Grouped, Array]:
-        now, hidden, finite, number, used = carry
+        now, hidden, token, finite, number, used = carry
         fixed, moving = split_held(now.state.layers, size, used, mail)
         segment, start = now.state.segment, now.state.position
-        # A row that reads a token has read all of the group before it.
-        positions = start[None] + jnp.arange(size, dtype=jnp.uint32)[:, None]
+        # Of what follows each token; a row that reads one has read all of the group before it.
+        positions = start[None] + jnp.arange(1, size + 1, dtype=jnp.uint32)[:, None]
         keys = row_keys(inputs.seeds, positions)
-
-        # The last group may be longer than what is left of the steps.
-        def reads(remaining: Array, before: Array) -> Array:
-            return (remaining > 0) & (number * size + before < steps)
+        drawing = None
+        if by_kernels:
+            drawing = drawing_of(inputs.numbers, keys, model.config.vocab_size, inputs.allowed, plan)
 
         def one(carry: Any, no: None) -> tuple[Any, None]:
-            numbers, logits, hidden, layers, seen = carry
+            numbers, x, _, hidden, layers, seen = carry
             now = unpacked(numbers)
             # Not the loop's own count: a number sliced out of an array at that is a copy of its own.
             index = now.before[0]
-            token, checks = drawn(logits, keys[index], seen)
             state = ModelState(layers, now.position, segment)
-            ids = jnp.where(now.active, token, 0)
-            hidden, state = through_blocks(
-                model, ids, hidden, fixed, state, index, now.active, turns, form, packed, numbers
-            )
-            remaining = left(now.remaining, token, now.active)
-            here = jnp.arange(size, dtype=jnp.int32)[:, None] == index
-            after = Counts(
-                before=now.before + 1,
-                active=reads(remaining, now.before + 1),
-                position=state.position,
-                launch=now.launch + 1,
-                remaining=remaining,
-                finite=now.finite & checks,
-                tokens=jnp.where(here & now.active[None], token[None], now.tokens),
-            )
-            seen = noted(seen, token, now.active)
-            logits = logits_of(model, hidden, form, packed)
-            return (after.packed(), logits, hidden, state.layers, seen), None
+            ids = jnp.where(now.active, now.token, 0)
+            at = (fixed, state, index, now.active, turns, form, packed, numbers, x)
+            hidden, state = through_blocks(model, ids, hidden, *at)
+            if drawing is not None:
+                given = (model, hidden, drawing, numbers, inputs.stop_tokens, form, packed)
+                logits, numbers, x = next_token(*given)
+            else:
+                seen = noted(seen, now.token, now.active)
+                logits = logits_of(model, hidden, form, packed)
+                numbers = now.after(*drawn(logits, keys[index], seen), inputs.stop_tokens).packed()
+            return (numbers, x, logits, hidden, state.layers, seen), None
 
         zeros = jnp.zeros_like(now.remaining)
+        # The last group may be longer than what is left of the steps.
+        limit = zeros + jnp.minimum(steps - number * size, size)
         counts = Counts(
             before=zeros,
-            active=reads(now.remaining, zeros),
+            active=(now.remaining > 0) & (limit > 0),
             position=start,
             launch=zeros + first_launch(moving),
+            token=token,
             remaining=now.remaining,
+            limit=limit,
             finite=finite,
             tokens=jnp.full((size, start.shape[0]), NONE, jnp.int32),
         )
-        looped = (counts.packed(), now.logits, hidden, moving, now.seen)
+        x = first_input(model, counts, form) if by_kernels else None
+        looped = (counts.packed(), x, now.logits, hidden, moving, now.seen)
         # Two tokens a turn leave what the second makes where the first found its own: nothing is copied.
         looped, _ = jax.lax.scan(one, looped, length=size, unroll=2 if form.stacked else 1)
-        numbers, logits, hidden, layers, seen = looped
+        numbers, _, logits, hidden, layers, seen = looped
         counts = unpacked(numbers)
         count = (counts.position - start).astype(jnp.int32)
         state = ModelState(join_held(fixed, layers, count, size, form), counts.position, segment)
         now = Decoding(logits, state, counts.remaining, seen)
-        return (now, hidden, counts.finite, number + 1, reusable(layers, form, size)), counts.tokens
+        after = (now, hidden, counts.token, counts.finite, number + 1, reusable(layers, form, size))
+        return after, counts.tokens
 
     if not holds(decoding.state.layers):
         (after, finite), tokens = jax.lax.scan(one, (decoding, jnp.bool_(True)), length=steps)
         return after, tokens.T, finite & jnp.all(jnp.isfinite(after.logits))
     rows = decoding.remaining.shape[0]
     used = reusable(split_held(decoding.state.layers, size, mail=mail)[1], form, 0)
-    looped = (decoding, no_hidden(model.config, rows), jnp.ones((rows,), bool), jnp.int32(0), used)
-    (after, _, checks, _, _), tokens = jax.lax.scan(group, looped, length=groups)
+    token, checks = drawn(decoding.logits, row_keys(inputs.seeds, decoding.state.position), decoding.seen)
+    looped = (decoding, no_hidden(model.config, rows), token, checks, jnp.int32(0), used)
+    (after, _, _, checks, _, _), tokens = jax.lax.scan(group, looped, length=groups)
     # What rows that read nothing predict was made of nothing.
     began = (decoding.remaining > 0)[:, None]
     after = after._replace(logits=jnp.where(began, after.logits, decoding.logits))

@@ -163,15 +163,21 @@ def draw(
     if plan.filters:
         order = jnp.argsort(-logits, axis=-1, stable=True)
         logits = filter_sorted(jnp.take_along_axis(logits, order, axis=-1), numbers)
-    noise = jax.vmap(
-        lambda key: jax.random.gumbel(
-            jax.random.wrap_key_data(key, impl=_NOISE), logits.shape[-1:], jnp.float32
-        )
-    )(keys)
-    drawn, checks = _highest(logits + noise, checked)
+    drawn, checks = _highest(logits + noise(keys, logits.shape[-1]), checked)
     if order is not None:
         drawn = jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
     return drawn, checks
+
+
+def noise(keys: UInt32[Array, "*n k"], size: int) -> Float[Array, "*n v"]:
+    """What is added to the logits of rows with these keys."""
+
+    def own(key: Array) -> Array:
+        return jax.random.gumbel(jax.random.wrap_key_data(key, impl=_NOISE), (size,), jnp.float32)
+
+    for _ in keys.shape[:-1]:
+        own = jax.vmap(own)
+    return own(keys)
 
 
 def _highest(

@@ -174,7 +174,7 @@ def joined(
 def through(
     shape: decode_shape.Shape,
     weights: dict[str, Array],
-    x: Float[Array, "1 e"],
+    x: Array,
     hidden: Float[Array, "1 e"],
     held: Held,
     moving: Moving,
@@ -185,7 +185,7 @@ def through(
     Args:
       shape: see ``decode_shape.Shape``.
       weights: of ``pack``.
-      x: the embedded token in the storage dtype.
+      x: the embedded token ``[1, e]`` in the storage dtype, or as words of ``decode_stream.run``.
       hidden: what this function returned for the last token that was read.
       held: as in ``heads``, of all layers.
       moving: see ``Moving``.

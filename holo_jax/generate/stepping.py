@@ -36,6 +36,7 @@ class Form(NamedTuple):
       heads: memories by a kernel.
       products: with ``heads``, also the products between memories, with norms, gates and sums around them.
       folded: with ``heads``, norms' weights in the maps after them, and the norms in kernels after those.
+      drawn: with ``stacked`` or ``products``, tokens are drawn by kernels (``drawing``).
       cublas: the compiler's products are all cuBLAS's, none generated.
       programs: programs of the kernel over all layers.
       interpret: see ``decode_shape.Shape``.
@@ -45,6 +46,7 @@ class Form(NamedTuple):
     heads: bool = False
     products: bool = False
     folded: bool = False
+    drawn: bool = False
     cublas: bool = False
     programs: int = 1
     interpret: bool = False
@@ -52,7 +54,7 @@ class Form(NamedTuple):
 
 PORTABLE = Form()
 # A kernel joins when it has been equal to the definition, and faster, on hardware: at width 1024 and one row
-# "stack" took 0.225 ms a token where "products" took 0.352.
+# "stack" took 0.201 ms a token where "products" took 0.352.
 AUTOMATIC: tuple[str, ...] = ("stack", "products", "folded", "heads")
 # One row takes a kernel a layer from this many bytes of weights a layer: at width 1024 (25 MB) it was slower
 # than the portable form, at 2048 (99 MB) sixteen rows by it took 0.73 of one row's time without.
@@ -76,7 +78,7 @@ def choose(config: HoloConfig, rows: int) -> Form:
         and decode_plan.unsupported(shape, config.precision.storage) is None
         and decode_products.unsupported(rows, (shape.width,)) is None
     ):
-        return Form(stacked=True, programs=programs)
+        return Form(stacked=True, drawn=True, programs=programs)
     narrow = every and heads and jnp.dtype(config.precision.storage) == jnp.bfloat16
     if (
         "products" in AUTOMATIC
@@ -195,6 +197,13 @@ def first_launch(moving: Any) -> Int[Array, ""]:
     return moving.launch if isinstance(moving, stack.Moving) else jnp.int32(0)
 
 
+def embed(model: HoloForCausalLM, tokens: Int[Array, "b"]) -> Float[Array, "b e"]:
+    """The residual stream before the first block."""
+    config = model.config
+    x = lookup(model.model.embedding[...], tokens[:, None], config.precision.storage)[:, 0]
+    return x / jnp.asarray(embedding_std(config), x.dtype) if config.tie_embeddings else x
+
+
 def through_blocks(
     model: HoloForCausalLM,
     tokens: Int[Array, "b"],
@@ -207,6 +216,7 @@ def through_blocks(
     form: Form,
     packed: Any = None,
     numbers: Int[Array, "n b"] | None = None,
+    embedded: Array | None = None,
 ) -> tuple[Float[Array, "b e"], ModelState]:
     """Reads one token a row; rows that are not active keep what they have.
 
@@ -222,14 +232,13 @@ def through_blocks(
       packed: ``pack`` of the model.
       numbers: ``index``, ``active`` and position once more, first rows as of ``counts.numbers``, if they are
         there as one array.
+      embedded: ``tokens`` as of ``drawing.first_input``, if they are looked up already.
 
     Returns:
       The residual stream after the last block, for ``logits_of``, and ``moving`` after the token.
     """
     config = model.config
-    x = lookup(model.model.embedding[...], tokens[:, None], config.precision.storage)
-    if config.tie_embeddings:
-        x = x / jnp.asarray(embedding_std(config), x.dtype)
+    x = embed(model, tokens) if embedded is None else embedded
     segment = moving.segment
     position = moving.position + active.astype(jnp.uint32)
     if numbers is None:
@@ -242,7 +251,7 @@ def through_blocks(
         own: Any = moving.layers
         room = own.pending.keys.shape[-2]
         shape = stack.shape_of(config, tokens.shape[0], room, form.programs, interpret=form.interpret)
-        x, after = stack.through(shape, packed["stack"], x[:, 0], hidden, fixed, own, numbers)
+        x, after = stack.through(shape, packed["stack"], x, hidden, fixed, own, numbers)
         return x, ModelState(after, position, segment)
     context = Context(
         moving.position[:, None],
@@ -251,6 +260,7 @@ def through_blocks(
         jnp.where(active, 0, 1).astype(jnp.int32),
         segment,
     )
+    x = x[:, None]
     layers = []
     periods: Any = model.model.periods
     for n, period in enumerate(periods):

@@ -140,7 +140,7 @@ def _block(rows: Array, columns: Array) -> tuple[Array, Array]:
     return jnp.broadcast_to(rows[:, None], shape), jnp.broadcast_to(columns[None, :], shape)
 
 
-def _outputs(call: Product) -> Array:
+def columns(call: Product) -> Array:
     """The columns of the result that this program makes; the last one's may lie past the end."""
     return pl.program_id(0) * call.tiling.outputs + jax.lax.iota(jnp.int32, call.tiling.outputs)
 
@@ -157,10 +157,13 @@ def _finish(call: Product, refs: dict[str, Any], sums: list[Array], at: tuple[Ar
     return (plgpu.load(refs["residual"].at[at]).astype(jnp.float32) + rounded[0]).astype(storage)
 
 
-def _program(call: Product, refs: dict[str, Any]) -> None:
-    """One program: a warp multiplies and sums whole rows of the weight."""
+def products(call: Product, refs: dict[str, Any]) -> list[list[Array]]:
+    """Of one program, for each row and half in float32: a warp multiplies and sums whole rows of the weight.
+
+    Columns past the end have the last one's.
+    """
     tiling = call.tiling
-    outputs = _outputs(call)
+    outputs = columns(call)
     inside = jnp.minimum(outputs, call.outputs - 1)
     chunks = call.depth // tiling.chunk
     lanes = jax.lax.iota(jnp.int32, tiling.chunk)
@@ -175,13 +178,11 @@ def _program(call: Product, refs: dict[str, Any]) -> None:
 
     def inputs(chunk: int) -> tuple[list[Array], list[Array]]:
         """The rows' terms, times the norm's weight, and their squares; the same in every warp."""
-        _, columns = _block(outputs, chunk * tiling.chunk + lanes)
-        terms = [
-            plgpu.load(refs["x"].at[row + zero, columns]).astype(jnp.float32) for row in range(call.rows)
-        ]
+        _, place = _block(outputs, chunk * tiling.chunk + lanes)
+        terms = [plgpu.load(refs["x"].at[row + zero, place]).astype(jnp.float32) for row in range(call.rows)]
         if not call.normed:
             return terms, []
-        scale = plgpu.load(refs["norm"].at[columns])
+        scale = plgpu.load(refs["norm"].at[place])
         return [term * scale for term in terms], [term * term for term in terms]
 
     asked = [weights(chunk) for chunk in range(min(tiling.ahead, chunks))]
@@ -197,11 +198,19 @@ def _program(call: Product, refs: dict[str, Any]) -> None:
                 sums[row][half] += weight * term
             if call.normed:
                 squares[row] += square[row]
-    for row in range(call.rows):
-        found = [jnp.sum(total, axis=1) for total in sums[row]]
-        if call.normed:
-            inverse = jax.lax.rsqrt(jnp.sum(squares[row], axis=1) * (1.0 / call.depth) + call.eps)
-            found = [y * inverse for y in found]
+    found = [[jnp.sum(total, axis=1) for total in own] for own in sums]
+    if not call.normed:
+        return found
+    means = [jnp.sum(square, axis=1) * (1.0 / call.depth) for square in squares]
+    inverse = [jax.lax.rsqrt(mean + call.eps) for mean in means]
+    return [[y * scale for y in own] for own, scale in zip(found, inverse, strict=True)]
+
+
+def _program(call: Product, refs: dict[str, Any]) -> None:
+    """One program."""
+    outputs = columns(call)
+    inside = jnp.minimum(outputs, call.outputs - 1)
+    for row, found in enumerate(products(call, refs)):
         own_row = jnp.full_like(inside, row)
         result = _finish(call, refs, found, (own_row, inside))
         plgpu.store(refs["out"].at[own_row, outputs], result, mask=outputs < call.outputs)

@@ -106,7 +106,7 @@ def compute(shape: Shape, refs: Refs) -> None:
     """A warpgroup that computes: its walk through the layers."""
     worker = Worker(shape, refs)
     interpret, threads = shape.interpret, worker.layouts.threads
-    base = first_number(shape, worker.numbers.launch)
+    base = first_number(shape.layers, worker.numbers.launch)
 
     def norm(name: str, layer: Array) -> list[Array]:
         return worker.pieces(refs[name].at[layer], shape.width)
@@ -170,9 +170,9 @@ def decode_stream(shape: Shape, refs: Refs) -> None:
     pl.when(jax.lax.axis_index("group") < groups)(partial(compute, shape, refs))
 
 
-def first_number(shape: Shape, launch: Array) -> Array:
+def first_number(layers: int, launch: Array) -> Array:
     """Number of the words that enter the first layer of a launch; each layer adds one."""
-    return (launch * (shape.layers + 1) + 1) & 0xFFFF
+    return (launch * (layers + 1) + 1) & 0xFFFF
 
 
 def mail(shape: Shape) -> dict[str, Array]:
@@ -192,18 +192,17 @@ def run(shape: Shape, arrays: dict[str, Array]) -> dict[str, Array]:
         ``head_norm``, ``read_taps``, ``write_taps``, ``write_bias``, ``erase_bias``; the memory ``memory``,
         ``writes`` and what is pending: ``phases``, ``keys``, ``written``, ``squares``. ``numbers``: int32
         ``[n, 1]``, begins with ``decode_worker.Numbers``. ``x``: the residual stream ``[1, width]`` in
-        bfloat16; ``hidden``: the same after the last layer, of the last token that was read. ``mail``'s
-        arrays from the launch before.
+        bfloat16, or its words with ``first_number`` (``decode_mail``); ``hidden``: the same in bfloat16 after
+        the last layer, of the last token that was read. ``mail``'s arrays from the launch before.
 
     Returns:
       ``hidden``, what is pending, and ``mail``'s arrays, after the token.
     """
     plgpu = mosaic.pallas()
 
-    arrays = {
-        **arrays,
-        "x": decode_mail.numbered(arrays["x"][0], first_number(shape, arrays["numbers"][3, 0])),
-    }
+    arrays = {**arrays, "x": arrays["x"][0]}
+    if arrays["x"].dtype != jnp.int32:
+        arrays["x"] = decode_mail.numbered(arrays["x"], first_number(shape.layers, arrays["numbers"][3, 0]))
     arrays["hidden"] = arrays["hidden"][0]
     for name in PRODUCTS:
         layers, outputs, depth = arrays[name].shape

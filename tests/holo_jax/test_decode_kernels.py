@@ -107,5 +107,5 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     assert stepping.choose(narrow, 1) == products
     monkeypatch.setattr(decode_plan, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    assert stepping.choose(narrow, 1) == stepping.Form(stacked=True, programs=132)
+    assert stepping.choose(narrow, 1) == stepping.Form(stacked=True, drawn=True, programs=132)
     assert stepping.choose(narrow, 2) == folded and stepping.choose(wide, 1) == products

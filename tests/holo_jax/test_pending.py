@@ -17,7 +17,14 @@ from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, l
 from holo_jax.generate.forms import is_split, owned
 from holo_jax.generate.pending import Token
 from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, step
-from holo_jax.kernels import decode_gate, decode_plan, decode_products, decode_shape
+from holo_jax.kernels import (
+    decode_choose,
+    decode_gate,
+    decode_plan,
+    decode_products,
+    decode_scores,
+    decode_shape,
+)
 from holo_jax.mixers import MemoryMixerState
 from holo_jax.model import HoloForCausalLM
 from holo_jax.precision import FULL, MIXED
@@ -122,9 +129,13 @@ def small(**changes: object) -> HoloConfig:
     [
         (Form(heads=True, interpret=True), dict(erase=False, num_hidden_layers=1)),
         (Form(heads=True, products=True, interpret=True), {}),
+        (
+            Form(heads=True, products=True, drawn=True, interpret=True),
+            dict(tie_embeddings=True, num_hidden_layers=1),
+        ),
         (Form(heads=True, folded=True, interpret=True), {}),
     ],
-    ids=["heads-of-a-sum", "products", "folded"],
+    ids=["heads-of-a-sum", "products", "drawn", "folded"],
 )
 def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict, monkeypatch) -> None:
     """Tokens, logits and state of a block of two groups in which one row ends, in Pallas' interpreter."""
@@ -158,8 +169,9 @@ def test_counts_are_one_array_and_back() -> None:
     """A position past 2^31 too."""
     position = jnp.array([0, 2**32 - 5], jnp.uint32)
     flags, numbers = jnp.array([True, False]), jnp.array([3, -1])
-    given = Counts(numbers, flags, position, numbers + 1, numbers + 2, ~flags, jnp.arange(6).reshape(3, 2))
-    assert given.packed().shape == (9, 2) and given.packed().dtype == jnp.int32
+    more = (numbers + 2, numbers + 3, numbers + 4, ~flags, jnp.arange(6).reshape(3, 2))
+    given = Counts(numbers, flags, position, numbers + 1, *more)
+    assert given.packed().shape == (11, 2) and given.packed().dtype == jnp.int32
     for before, after in zip(given, unpacked(given.packed()), strict=True):
         assert before.dtype == after.dtype
         np.testing.assert_array_equal(before, after)
@@ -229,7 +241,14 @@ def test_the_kernels_lower_for_a_gpu() -> None:
         products = [decode_products.product("maps", x, weights["maps"], norm=jnp.ones(64)) for x in given]
         heads = [stack.heads(mixer, y, held, pending, numbers, False, stream) for stream in (None, given[0])]
         gated = decode_gate.gated(jnp.zeros((2, 72)), given[0], eps=1e-6)
-        return heads, stack.joined(held, pending, size=SIZE, interpret=False), products, gated
+        drawing = decode_scores.Drawing(jnp.zeros((SIZE, 2, 40)), jnp.ones((1,)), jnp.full((1,), 40))
+        table, numbers = jnp.zeros((40, 64), jnp.bfloat16), jnp.zeros((8 + SIZE, 2), jnp.int32)
+        how = dict(eps=1e-6, dtype=jnp.float32)
+        drawn = decode_scores.scores(given[0], table, jnp.ones(64), drawing, numbers, **how)
+        stops = jnp.zeros((4,), jnp.int32)
+        chosen = decode_choose.choose(drawn[1], numbers, stops, table, divisor=0.02, layers=3)
+        joined = stack.joined(held, pending, size=SIZE, interpret=False)
+        return heads, joined, products, gated, drawn, chosen
 
     device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100", num_cores=None, platform="gpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
@@ -237,7 +256,7 @@ def test_the_kernels_lower_for_a_gpu() -> None:
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of this backend of Pallas
         lowered = jax.jit(all_of_them).trace(*shapes).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("xla.gpu.triton") == 6
+    assert lowered.as_text().count("xla.gpu.triton") == 8
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")

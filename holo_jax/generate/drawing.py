@@ -1,0 +1,85 @@
+"""Drawing tokens by two kernels: logits with the highest score of each program, and all that follows.
+
+A token of one row is few kernels, and between any two of them a device stands still for a microsecond or
+two. Without filters and penalty the token drawn is that of the highest score, so that none is needed but the
+head's product and one that looks at what its programs found.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from holo_jax.array_types import Array, Float, Int, UInt32
+from holo_jax.generate.counts import Counts
+from holo_jax.generate.sampling import Plan, SamplingNumbers, noise
+from holo_jax.generate.stepping import Form, embed
+from holo_jax.kernels import decode_choose, decode_mail, decode_scores, decode_stream
+from holo_jax.layers import embedding_std
+from holo_jax.model import HoloForCausalLM
+
+
+def drawing_of(
+    numbers: SamplingNumbers,
+    keys: UInt32[Array, "c b k"],
+    vocabulary: int,
+    allowed: Int[Array, ""],
+    plan: Plan,
+) -> decode_scores.Drawing:
+    """Of a group of tokens with these keys of ``row_keys``."""
+    if plan.greedy:
+        return decode_scores.Drawing(None, None, allowed[None])
+    return decode_scores.Drawing(noise(keys, vocabulary), numbers.temperature[None], allowed[None])
+
+
+def first_input(model: HoloForCausalLM, counts: Counts, form: Form) -> Array:
+    """The embedded token before the first block, as ``next_token`` returns it."""
+    x = embed(model, jnp.where(counts.active, counts.token, 0))
+    if not form.stacked:
+        return x
+    number = decode_stream.first_number(model.config.num_hidden_layers, counts.launch)
+    return decode_mail.numbered(x, number[:, None])
+
+
+def next_token(
+    model: HoloForCausalLM,
+    hidden: Float[Array, "b e"],
+    drawing: decode_scores.Drawing,
+    numbers: Int[Array, "n b"],
+    stop_tokens: Int[Array, "s"],
+    form: Form,
+    packed: Any,
+) -> tuple[Float[Array, "b v"], Int[Array, "n b"], Array]:
+    """``stepping.logits_of``, ``sampling.draw``, ``Counts.after`` and ``first_input``.
+
+    Args:
+      model: in decoding form.
+      hidden: the residual stream after the last block.
+      drawing: of the group.
+      numbers: ``Counts.packed`` before the token that was read.
+      stop_tokens: ids that end a row.
+      form, packed: see ``stepping``; a form with ``drawn``.
+
+    Returns:
+      Logits, ``numbers`` before the next token, and what it enters the first block as.
+    """
+    config, norm = model.config, model.model.norm
+    logits, scores = decode_scores.scores(
+        hidden,
+        packed["head"],
+        norm.weight[...],
+        drawing,
+        numbers,
+        eps=norm.eps,
+        dtype=config.precision.logits,
+        interpret=form.interpret,
+    )
+    numbers, x = decode_choose.choose(
+        scores,
+        numbers,
+        stop_tokens,
+        model.model.embedding[...].astype(config.precision.storage),
+        divisor=embedding_std(config) if config.tie_embeddings else None,
+        layers=config.num_hidden_layers if form.stacked else None,
+        interpret=form.interpret,
+    )
+    return logits, numbers, x

@@ -1,0 +1,122 @@
+"""Tokens drawn by kernels: the same ones, and the same small numbers, as without."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from holo_jax.generate.counts import Counts, unpacked
+from holo_jax.generate.drawing import drawing_of, first_input, next_token
+from holo_jax.generate.forms import decoding_form
+from holo_jax.generate.sampling import Sampling, draw, row_keys
+from holo_jax.generate.stepping import Form, embed, logits_of, pack
+from holo_jax.kernels import decode_choose, decode_mail, decode_scores
+from tests.holo_jax.models import build
+from tests.holo_jax.test_pending import small
+
+ROWS, SIZE, VOCABULARY = 3, 4, 50
+STOPS = jnp.array([7, -1, 9, -1], jnp.int32)
+
+
+def counts(**changes: object) -> Counts:
+    """Of a row that reads, one whose token is a stop, and one that has ended."""
+    given = Counts(
+        before=jnp.full((ROWS,), 1, jnp.int32),
+        active=jnp.array([True, True, False]),
+        position=jnp.array([5, 2**31 + 3, 8], jnp.uint32),
+        launch=jnp.full((ROWS,), 40000, jnp.int32),
+        token=jnp.array([3, 9, 9], jnp.int32),
+        remaining=jnp.array([2, 6, 0], jnp.int32),
+        limit=jnp.full((ROWS,), SIZE, jnp.int32),
+        finite=jnp.ones((ROWS,), bool),
+        tokens=jnp.where(jnp.arange(SIZE)[:, None] == 0, 11, jnp.full((SIZE, ROWS), -1, jnp.int32)),
+    )
+    return given._replace(**changes)
+
+
+def test_the_rows_are_those_of_counts() -> None:
+    """Kernels know them by place."""
+    assert Counts._fields == (*decode_choose.ROWS, "tokens")
+
+
+@pytest.mark.parametrize(
+    ("temperature", "changes"),
+    [
+        (0.7, {}),
+        (0.0, dict(tie_embeddings=True)),
+        (1.0, dict(limit=jnp.full((ROWS,), 2, jnp.int32))),
+    ],
+    ids=["drawn", "greedy", "limit"],
+)
+def test_the_next_token_is_the_portable_forms(temperature: float, changes: dict) -> None:
+    """Token, numbers and embedding; ids that are not allowed have the highest logits."""
+    tied = {name: changes.pop(name) for name in list(changes) if name == "tie_embeddings"}
+    config = small(num_hidden_layers=1, vocab_size=VOCABULARY, hidden_size=64, **tied)
+    model = decoding_form(build(config))
+    form = Form(heads=True, products=True, drawn=True, interpret=jax.default_backend() != "gpu")
+    packed = pack(model, form)
+    hidden = jax.random.normal(jax.random.key(1), (ROWS, config.hidden_size))
+    now, allowed = counts(**changes), jnp.int32(33)
+    sampling = Sampling(temperature=temperature)
+    numbers, plan = sampling.numbers, sampling.plan
+    positions = now.position[None] + jnp.arange(SIZE, dtype=jnp.uint32)[:, None]
+    keys = row_keys(jnp.arange(ROWS, dtype=jnp.uint32), positions)
+
+    drawing = drawing_of(numbers, keys, VOCABULARY, allowed, plan)
+    logits, after, x = next_token(model, hidden, drawing, now.packed(), STOPS, form, packed)
+
+    wanted = logits_of(model, hidden, form, packed)
+    permitted = jnp.where(jnp.arange(VOCABULARY)[None] < allowed, logits, -jnp.inf)
+    token, finite = draw(permitted, numbers, keys[1], None, jnp.isfinite(logits), plan=plan)
+    following = now.after(token, finite, STOPS)
+    np.testing.assert_allclose(logits, wanted, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(after, following.packed())
+    assert (np.asarray(token) < 33).all() and np.asarray(following.finite).all()
+    np.testing.assert_array_equal(x, embed(model, jnp.where(following.active, token, 0)))
+    np.testing.assert_array_equal(first_input(model, unpacked(after), form), x)
+
+
+def test_words_carry_the_number_of_the_next_launch() -> None:
+    """What the kernel over all layers waits for."""
+    scores = decode_scores.Scores(jnp.array([[0.5, 2.0, 2.0]]), jnp.array([[2, 11, 17]], jnp.int32))
+    table = jax.random.normal(jax.random.key(0), (20, 24)).astype(jnp.bfloat16)
+    now = jax.tree.map(lambda x: x[..., :1], counts())
+    how = dict(divisor=None, layers=12, interpret=True)
+    after, words = decode_choose.choose(scores, now.packed(), STOPS, table, **how)
+    assert unpacked(after).token[0] == 11
+    np.testing.assert_array_equal(words, decode_mail.numbered(table[11:12], (40001 * 13 + 1) & 0xFFFF))
+
+
+@pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
+def test_logits_that_are_not_finite_are_told(bad: float) -> None:
+    """Of the row that has them, also where the id may not be drawn."""
+    weight = jnp.eye(32, dtype=jnp.float32)[jnp.arange(20)].at[18].set(bad)
+    weight = jnp.pad(weight, ((0, 0), (0, 32)))
+    x = jnp.ones((2, 64)).at[1].set(0.0)
+    drawing = decode_scores.Drawing(None, None, jnp.array([10], jnp.int32))
+    numbers = jnp.zeros((len(decode_choose.ROWS) + SIZE, 2), jnp.int32).at[-1 - SIZE].set(1)
+    how = dict(eps=1e-6, dtype=jnp.float32, interpret=True)
+    _, scores = decode_scores.scores(x, weight, jnp.ones(64), drawing, numbers, **how)
+    table = jnp.zeros((20, 8), jnp.bfloat16)
+    after, _ = decode_choose.choose(scores, numbers, STOPS, table, divisor=None, layers=None, interpret=True)
+    assert not unpacked(after).finite[0] and 0 <= unpacked(after).token[0] < 20
+
+
+def test_a_token_is_drawn_where_no_logit_is_a_number() -> None:
+    """An id that exists, so that what reads its embedding reads no other memory."""
+    scores = decode_scores.Scores(jnp.full((1, 3), jnp.nan), jnp.full((1, 3), 2**31 - 1, jnp.int32))
+    table, now = jnp.zeros((20, 8)), jax.tree.map(lambda x: x[..., :1], counts())
+    how = dict(divisor=None, layers=None, interpret=True)
+    after, _ = decode_choose.choose(scores, now.packed(), STOPS, table, **how)
+    assert 0 <= unpacked(after).token[0] < 20 and not unpacked(after).finite[0]
+
+
+def test_a_drawing_is_of_the_same_noise_in_every_row() -> None:
+    """A row of a batch has what it has alone."""
+    sampling = Sampling(temperature=1.5)
+    keys = row_keys(jnp.arange(ROWS, dtype=jnp.uint32), jnp.arange(8, 8 + ROWS, dtype=jnp.uint32)[None])
+    given = (VOCABULARY, jnp.int32(VOCABULARY), sampling.plan)
+    together = drawing_of(sampling.numbers, keys, *given)
+    alone = drawing_of(sampling.numbers, keys[:, 1:2], *given)
+    assert together.noise is not None and alone.noise is not None
+    np.testing.assert_array_equal(together.noise[:, 1:2], alone.noise)
