@@ -50,7 +50,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests of more devices than there are, or of another platform."""
+    """Skips tests of more devices than there are, or of another platform; slow ones come first.
+
+    So that the last ones, for which only some processes are left, are short.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items:
         if item.get_closest_marker("cpu") and _platform != "cpu":
             item.add_marker(pytest.mark.skip(reason="is about CPUs"))
