@@ -1,7 +1,5 @@
 """Parts of a divided sequence by the package's kernels: one part, or several, against the definition."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,35 +53,54 @@ def test_parts_on_gpus_equal_the_definition(packed: bool, time: int) -> None:
 
         return jax.jit(jax.value_and_grad(total, argnums=tuple(range(6)), has_aux=True))
 
-    def whole(state, *inputs, dtype=jnp.bfloat16, run=kernels.accumulate, method="chunked"):
-        write, read, values, *rest = inputs
-        return run(
-            write,
-            read,
-            values.astype(dtype),
-            *rest,
-            binding="outer",
-            method=method,
-            segment_ids=segments,
-            initial_state=state,
+    options = dict(binding="outer", segment_ids=segments)
+
+    def exact(state, *inputs):
+        return accumulate(*inputs, initial_state=state, method="chunked", **options)
+
+    def mesh_of(*devices):
+        return jax.make_mesh((len(devices),), ("seq",), axis_types=(AxisType.Auto,), devices=devices)
+
+    def whole(state, *inputs):
+        # Inside a mesh of one device, as with several present nothing else runs a kernel.
+        def run(state, write, read, values, *rest):
+            found = kernels.accumulate(
+                write,
+                read,
+                values.astype(jnp.bfloat16),
+                *rest,
+                initial_state=state,
+                backend="hopper",
+                **options,
+            )
+            return found[0], found[1]
+
+        return jax.shard_map(run, mesh=mesh_of(devices[0]), in_specs=P(), out_specs=P(), check_vma=False)(
+            state, *inputs
         )
 
     def parts(state, *inputs):
         def part(state, segments, write, read, values, *rest):
-            options = dict(binding="outer", segment_ids=segments, initial_state=state, backend="hopper")
             found = kernels.accumulate_parts(
-                "seq", write, read, values.astype(jnp.bfloat16), *rest, **options
+                "seq",
+                write,
+                read,
+                values.astype(jnp.bfloat16),
+                *rest,
+                binding="outer",
+                segment_ids=segments,
+                initial_state=state,
+                backend="hopper",
             )
             return found[0], found[2]
 
         at = P(None, "seq")
-        mesh = jax.make_mesh((len(devices),), ("seq",), axis_types=(AxisType.Auto,), devices=devices)
+        mesh = mesh_of(*devices)
         specs = (P(), at, *(at for _ in inputs))
         run = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=(at, P()), check_vma=False)
         return run(state, segments, *inputs)
 
     arguments = (memory, write, read, values, gates, erase)
-    exact = partial(whole, dtype=jnp.float32, run=accumulate)
     # The package's own code promotes ranks.
     with jax.numpy_rank_promotion("allow"):
         want, one, several = (objective(run)(*arguments) for run in (exact, whole, parts))
