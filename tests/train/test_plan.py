@@ -344,9 +344,8 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("plan")
+def answers(directory: Path) -> list[tuple[int, str]]:
+    """Exit code and what was printed for each case, in one process, which takes long to start."""
     done = subprocess.run(
         [
             sys.executable,
@@ -366,15 +365,13 @@ def answers(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", range(len(CASES)), ids=lambda i: " ".join(CASES[i][0][1:]) or str(i))
-def test_the_command_line_answers_in_one_piece(case: int, answers) -> None:
-    code, output = answers[case]
-    _, expected, message = CASES[case]
-    assert (code, message in output) == (expected, True), output
-    if expected == 2:
-        assert output.startswith("train.plan: ") and output.count("\n") == 1
-    if "--json" in CASES[case][0]:
-        plan = json.loads(output)
-        assert plan["mesh"] == {"data": 16, "fsdp": 1, "seq": 1, "tensor": 1}
-        assert plan["peak_bytes"] == max(plan["phase_bytes"].values())
-        assert plan["exchanges"][0]["axis"] == "data"
+def test_the_command_line_answers_in_one_piece(tmp_path: Path) -> None:
+    for (arguments, expected, message), (code, output) in zip(CASES, answers(tmp_path), strict=True):
+        assert (code, message in output) == (expected, True), (arguments, output)
+        if expected == 2:
+            assert output.startswith("train.plan: ") and output.count("\n") == 1, (arguments, output)
+        if "--json" in arguments:
+            plan = json.loads(output)
+            assert plan["mesh"] == {"data": 16, "fsdp": 1, "seq": 1, "tensor": 1}
+            assert plan["peak_bytes"] == max(plan["phase_bytes"].values())
+            assert plan["exchanges"][0]["axis"] == "data"
