@@ -10,6 +10,9 @@ devices is checked by strong cases along ``seq``.
 Communication is given twice: as the time of a step over that of its share on one device, and, from a profile,
 as the time of the collectives and the part of it in which a device did nothing else.
 
+With ``at_once`` a weak case is also timed as one device's share on all of them at one time, nothing sent: how
+far devices differ, and what power and their host cost all of them, is not what dividing costs.
+
 Cases are compiled a few at a time and written as they come, so that a run that is cut keeps what it had.
 """
 
