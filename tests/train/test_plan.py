@@ -60,10 +60,9 @@ COMPILED = {
     "seed@2048 remat=dots": (10.933, 10.446),
 }
 # The train step of eval.scaling over four H100s that were not there, 2 layers, with the package and without.
-# None: outside of a tenth, as docs/log.md says (2026-11-28).
 DIVIDED = {
     "data@4096 rows=8 unroll=2": (4.596, 4.486),
-    "fsdp@4096 rows=8 unroll=2": (3.875, None),
+    "fsdp@4096 rows=8 unroll=2": (3.875, 4.278),
     "tensor@4096 rows=8": (1.832, 1.762),
 }
 
@@ -88,11 +87,15 @@ def test_the_peak_is_within_a_tenth_of_a_step_compiled_for_its_card(text: str) -
     assert estimate.peak / 2**30 == pytest.approx(compiled, rel=0.1)
 
 
-@pytest.mark.parametrize("text", DIVIDED)
+# Without the package few unrolled blocks over fsdp are planned 20% too low (docs/log.md, 2026-11-28).
+TOO_LOW = pytest.mark.xfail(not INSTALLED, reason="planned 20% too low without the package", strict=True)
+
+
+@pytest.mark.parametrize(
+    "text", [pytest.param(text, marks=TOO_LOW if text.startswith("fsdp") else ()) for text in DIVIDED]
+)
 def test_the_peak_on_four_cards_is_within_a_tenth_of_a_compiled_step(text: str) -> None:
     compiled = DIVIDED[text][0 if INSTALLED else 1]
-    if compiled is None:
-        pytest.skip("needs jax-linear-attention")
     case = parse_case(text)
     rows, length = case.shape(4, 4)
     sizes = {axis: 4 if axis == case.axis else 1 for axis in MESH_AXES}
