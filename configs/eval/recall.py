@@ -92,14 +92,14 @@ _VARIANTS = {
             vocab_size=64, hidden_size=64, num_hidden_layers=2, head_dim=32, memory_backend="portable"
         ),
         storage="float32",
-        train=((16, 2, 32), (32, 4, 16)),
+        train=((16, 2, 16), (32, 4, 16)),
         width=32,
         test=((16, 2), (32, 4), (64, 8)),
         averaged=2,
         test_width=64,
         test_rows=64,
         test_batch=32,
-        grid=training_grid(steps=300, rates=(1e-2,), log_every=100, seeds=(0,)),
+        grid=training_grid(steps=200, rates=(1e-2,), log_every=100, seeds=(0,)),
         published=False,
     ),
     "denoiser": dict(

@@ -27,7 +27,7 @@ def results(tmp_path_factory) -> Results:
     environment = dict(os.environ, XLA_FLAGS=flags(1, level=1), JAX_PLATFORMS="cpu")
     command = [sys.executable, "-m", "eval.recall", "--config=configs/eval/recall.py:denoiser"]
     command += [f"--out={out}", "--config.select=('holo','seed')", "--config.control_from=0.0"]
-    command += ["--config.train=((64,8,32),)", "--config.grid.seeds=(0,)", "--config.grid.rates=(1e-2,)"]
+    command += ["--config.train=((64,8,16),)", "--config.grid.seeds=(0,)", "--config.grid.rates=(1e-2,)"]
     command += ["--config.grid.steps=100", "--config.grid.log_every=50"]
     before = cpu_seconds()
     subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=580)
