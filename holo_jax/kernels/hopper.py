@@ -23,13 +23,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
+from holo_jax.kernels import hopper_pieces
 from holo_jax.kernels.call import READ_NAME, Call, total_writes
 from holo_jax.kernels.capability import compute_capability, installed_version, partitioned
+from holo_jax.kernels.hopper_stages import CHUNK
 from holo_jax.kernels.phasor_features import phasor_features
 
 VERSION = "0.1.0"
 COVERS = "outer memory with bfloat16 values on Hopper, by jax-linear-attention"
-CHUNK = 64
 _MAX_CHUNKS = 65535
 _WIDTHS = (64, 128)
 # Erase gates below this share of the write gate are raised to it, so that g / e stays finite: the memory
@@ -136,7 +137,10 @@ def accumulate_features(
         )
     else:
         values, strength = delta_operands(call, scaled)
-        outputs, state = linear_attention("deltanet", queries, keys, values, beta=strength, **options)
+        if implementation == "mosaic_gpu" and hopper_pieces.unsupported(call, final=final) is None:
+            outputs = hopper_pieces.read(queries, keys, values, strength)
+        else:
+            outputs, state = linear_attention("deltanet", queries, keys, values, beta=strength, **options)
     # Named while narrow, so that a rematerialised block keeps it instead of running the kernel twice.
     outputs = checkpoint_name(outputs, READ_NAME)
     if not final:

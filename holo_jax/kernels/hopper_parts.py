@@ -12,7 +12,7 @@ Source: https://github.com/jla-org/jax-linear-attention (Apache-2.0), version 0.
 """
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,8 @@ from jax.ad_checkpoint import checkpoint_name
 from holo_jax.array_types import Array
 from holo_jax.functional.memory.chain import Part, chain
 from holo_jax.kernels.call import READ_NAME, Call
-from holo_jax.kernels.hopper import CHUNK, delta_operands, features
+from holo_jax.kernels.hopper import delta_operands, features
+from holo_jax.kernels.hopper_stages import gradients, inputs, inverses, outputs, padded
 
 _product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
@@ -37,29 +38,9 @@ def accumulate(call: Call, axis: str, continues: Array, initial: Array) -> tuple
     """
     keys, queries = features(call)
     operands = (queries, keys, *delta_operands(call))
-    outputs, before, after = chain(_PART, axis, operands, call.segment_ids, continues, initial)
+    found, before, after = chain(_PART, axis, operands, call.segment_ids, continues, initial)
     # Named while narrow, so that a rematerialised block keeps it instead of running the kernel twice.
-    return checkpoint_name(outputs, READ_NAME).astype(jnp.float32), before, after
-
-
-class _Inputs(NamedTuple):
-    """What every kernel is given: padded to whole chunks of whole pieces, vectors with heads first."""
-
-    queries: Array
-    keys: Array
-    values: Array
-    strength: Array
-    decay: Array
-    segments: Any
-    pieces: int
-
-    @property
-    def vectors(self) -> tuple[Array, Array]:
-        return self.decay, self.strength
-
-    @property
-    def places(self) -> dict[str, Any]:
-        return dict(seg=self.segments, cp=self.pieces)
+    return checkpoint_name(found, READ_NAME).astype(jnp.float32), before, after
 
 
 class _Saved(NamedTuple):
@@ -70,32 +51,12 @@ class _Saved(NamedTuple):
     starts: Array
 
 
-def _inputs(operands: tuple[Array, ...], segment_ids: Array | None) -> _Inputs:
-    from jla.ops.mosaic_gpu import scalar_gate
-    from jla.ops.mosaic_gpu._common import chunk_log2_decay, head_major, pad_time, segment_vectors
-
-    queries, keys, values, strength = operands
-    b, t, h, d = values.shape
-    pieces = scalar_gate.pieces(b, h, d, t, delta=True)
-    pad = -t % (CHUNK * pieces)
-    segments = None if segment_ids is None else segment_vectors(segment_ids, pad)
-    return _Inputs(
-        queries=pad_time(queries, pad),
-        keys=pad_time(keys, pad),
-        values=pad_time(values, pad),
-        strength=head_major(strength, pad),
-        decay=chunk_log2_decay(None, b, t, h, pad),
-        segments=segments,
-        pieces=pieces,
-    )
-
-
 def _map(operands: tuple[Array, ...], segment_ids: Array | None) -> tuple[Array, Array, tuple[Array, Array]]:
     """(A, B) of the part; found are the chunks' inverses and the pieces' maps ``[A^T; B^T]``."""
-    from jla.ops.mosaic_gpu import gated_delta_rule_kernels, scalar_gate_docs
+    from jla.ops.mosaic_gpu import scalar_gate_docs
 
-    x = _inputs(operands, segment_ids)
-    inverse = gated_delta_rule_kernels.kkt_fwd(x.keys, x.strength, seg=x.segments, interpret=None)
+    x = inputs(operands, segment_ids)
+    inverse = inverses(x)
     maps = scalar_gate_docs.map_fwd_wy(
         x.keys, x.values, inverse, *x.vectors, **x.places, need_last=True, need_first=True
     )
@@ -117,9 +78,7 @@ def joined(maps: Array) -> tuple[Array, Array]:
 def _read(
     operands: tuple[Array, ...], segment_ids: Array | None, found: tuple[Array, Array], state: Array
 ) -> tuple[Array, _Saved]:
-    from jla.ops.mosaic_gpu import scalar_gate_fused
-
-    x = _inputs(operands, segment_ids)
+    x = inputs(operands, segment_ids)
     inverse, maps = found
     starts = [jnp.swapaxes(state, -1, -2)]
     k = maps.shape[-1]
@@ -127,31 +86,20 @@ def _read(
         before = _product("bhdj,bhjk->bhdk", starts[-1], maps[:, piece, :, :k])
         starts.append(before + maps[:, piece, :, k:])
     stacked = _in_rows(starts)
-    outputs, _ = scalar_gate_fused.fused_fwd_wy(
-        x.queries,
-        x.keys,
-        x.values,
-        inverse,
-        *x.vectors,
-        stacked,
-        scale=1.0,
-        out_final=False,
-        out_dtype=x.queries.dtype,
-        **x.places,
-    )
+    read = outputs(x, inverse, stacked)
     saved = _Saved(operands, segment_ids, inverse, maps, stacked)
-    return outputs[:, : operands[0].shape[1]], saved
+    return read[:, : operands[0].shape[1]], saved
 
 
 def _gradient(saved: _Saved, cotangent: Array) -> tuple[Array, Array]:
     """Gradient by the state before the part; found are those of each piece by its own start."""
     from jla.ops.mosaic_gpu import gated_delta_rule_bwd
 
-    x = _inputs(saved.operands, saved.segment_ids)
+    x = inputs(saved.operands, saved.segment_ids)
     _, _, local = gated_delta_rule_bwd.state_bwd_wy(
         x.queries,
         x.keys,
-        _padded(cotangent, x),
+        padded(cotangent, x),
         saved.inverse,
         *x.vectors,
         None,
@@ -168,50 +116,17 @@ def _gradient(saved: _Saved, cotangent: Array) -> tuple[Array, Array]:
 
 
 def _finish(saved: _Saved, local: Array, cotangent: Array, of_state: Array) -> tuple[Array, ...]:
-    from jla.ops.mosaic_gpu import gated_delta_rule_bwd as backward
-
-    x = _inputs(saved.operands, saved.segment_ids)
-    cotangent = _padded(cotangent, x)
+    x = inputs(saved.operands, saved.segment_ids)
+    cotangent = padded(cotangent, x)
     ends = [jnp.swapaxes(of_state, -1, -2)]
     for piece in reversed(range(1, x.pieces)):
         ends.append(_before(ends[-1], saved.maps[:, piece]) + local[:, piece])
-    states, _ = backward.state_fwd_wy(x.keys, x.values, saved.inverse, *x.vectors, saved.starts, **x.places)
-    of_states, of_values, _ = backward.state_bwd_wy(
-        x.queries,
-        x.keys,
-        cotangent,
-        saved.inverse,
-        *x.vectors,
-        _in_rows(ends[::-1]),
-        scale=1.0,
-        want_dh0=False,
-        **x.places,
-    )
-    of_queries, of_keys, of_strength, _ = backward.chunk_grads(
-        x.queries,
-        x.keys,
-        x.values,
-        cotangent,
-        saved.inverse,
-        *x.vectors,
-        states,
-        of_states,
-        scale=1.0,
-        seg=x.segments,
-    )
-    found = (of_queries, of_keys, of_values, jnp.swapaxes(of_strength, 1, 2))
-    time = saved.operands[0].shape[1]
-    return tuple(g[:, :time].astype(o.dtype) for g, o in zip(found, saved.operands, strict=True))
+    return gradients(x, saved.operands, cotangent, saved.inverse, saved.starts, _in_rows(ends[::-1]))
 
 
 def _before(gradient: Array, maps: Array) -> Array:
     """``A^T`` of a piece times a gradient of the state after it."""
     return _product("bhdk,bhjk->bhdj", gradient, maps[:, :, : maps.shape[-1]])
-
-
-def _padded(cotangent: Array, x: _Inputs) -> Array:
-    pad = x.queries.shape[1] - cotangent.shape[1]
-    return jnp.pad(cotangent.astype(x.queries.dtype), ((0, 0), (0, pad), (0, 0), (0, 0)))
 
 
 def _by_piece(x: Array, pieces: int) -> Array:

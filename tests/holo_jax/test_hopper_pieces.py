@@ -1,0 +1,158 @@
+"""Kernels of pieces of long rows against the recurrence: alone in Pallas' interpreter, together on a card."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from holo_jax.functional import accumulate
+from holo_jax.kernels import hopper, hopper_pieces, mosaic, piece_maps, piece_states
+from holo_jax.kernels.call import Call
+
+WIDTH = piece_maps.WIDTH
+
+
+def draw(b: int, t: int, h: int) -> dict[str, np.ndarray]:
+    """Features of norm 1, values, a cotangent and strengths, rounded to bfloat16 where kernels read that."""
+    rng = np.random.default_rng(5)
+
+    def rounded(x: np.ndarray) -> np.ndarray:
+        return np.asarray(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32), np.float64)
+
+    def unit(x: np.ndarray) -> np.ndarray:
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    found = {name: rounded(unit(rng.normal(size=(b, t, h, WIDTH)))) for name in ("queries", "keys")}
+    found |= {name: rounded(rng.normal(size=(b, t, h, WIDTH))) for name in ("values", "cotangent")}
+    found["strength"] = rng.uniform(0.05, 0.95, size=(b, h, t)).astype(np.float32).astype(np.float64)
+    chunks = np.moveaxis(found["keys"].reshape(b, -1, piece_maps.CHUNK, h, WIDTH), 3, 1)
+    scores = found["strength"].reshape(*chunks.shape[:-1], 1) * (chunks @ np.swapaxes(chunks, -1, -2))
+    inverse = np.linalg.inv(np.eye(piece_maps.CHUNK) + np.tril(scores, -1))
+    return found | {"inverse": inverse.reshape(b, h, t, piece_maps.CHUNK)}
+
+
+def narrowed(x: dict[str, np.ndarray], *names: str) -> list[jax.Array]:
+    return [jnp.asarray(x[n], jnp.float32 if n == "strength" else jnp.bfloat16) for n in names]
+
+
+def error(found: jax.Array, wanted: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(found, np.float64) - wanted) / np.linalg.norm(wanted))
+
+
+def erased(state: np.ndarray, keys: np.ndarray, strength: np.ndarray) -> np.ndarray:
+    """``(1 - beta k k^T) state``, heads first."""
+    return state - strength[..., None, None] * keys[..., :, None] * (keys[..., None, :] @ state)
+
+
+def walked(x: dict[str, np.ndarray], pieces: int) -> tuple[np.ndarray, np.ndarray]:
+    """Maps of every piece but the last, reverse terms of every piece but the first, position by position."""
+    b, t, h, _ = x["keys"].shape
+    length = t // pieces
+    maps, terms = [], []
+    for piece in range(pieces):
+        at = range(piece * length, (piece + 1) * length)
+        # [A, B], and the gradient of the state before the piece.
+        both = np.broadcast_to(np.concatenate([np.eye(WIDTH), np.zeros((WIDTH, WIDTH))], 1), (b, h, 64, 128))
+        for n in at:
+            key, strength = x["keys"][:, n], x["strength"][:, :, n]
+            both = erased(both, key, strength)
+            both[..., WIDTH:] += strength[..., None, None] * key[..., :, None] * x["values"][:, n, :, None]
+        maps.append(np.swapaxes(both, -1, -2))
+        gradient = np.zeros((b, h, WIDTH, WIDTH))
+        for n in reversed(at):
+            gradient = gradient + x["queries"][:, n, :, :, None] * x["cotangent"][:, n, :, None]
+            gradient = erased(gradient, x["keys"][:, n], x["strength"][:, :, n])
+        terms.append(np.swapaxes(gradient, -1, -2))
+    return np.stack(maps[:-1], 1), np.stack(terms[1:], 1)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter came with jax 0.11")
+def test_maps_equal_the_recurrence() -> None:
+    """More chunks than stages in a piece, and pieces with others before and behind them."""
+    pieces = 3
+    x = draw(1, pieces * 8 * piece_maps.CHUNK, 2)
+    maps, terms = walked(x, pieces)
+    options = dict(pieces=pieces, interpret=mosaic.pallas().InterpretGPUParams())
+    found = piece_maps.transitions(*narrowed(x, "keys", "values", "inverse", "strength"), **options)
+    assert error(found[..., :WIDTH, :], maps[..., :WIDTH, :]) < 6e-3
+    assert error(found[..., WIDTH:, :], maps[..., WIDTH:, :]) < 6e-3
+    names = ("queries", "keys", "cotangent", "inverse", "strength")
+    assert error(piece_maps.reverse_terms(*narrowed(x, *names), **options), terms) < 6e-3
+
+
+@pytest.mark.parametrize("pieces", [2, 5])
+def test_pieces_are_composed_in_their_order(pieces: int) -> None:
+    rng = np.random.default_rng(2)
+    maps = rng.normal(size=(2, pieces - 1, 3, 2 * WIDTH, WIDTH)) / 8
+    terms = rng.normal(size=(2, pieces - 1, 3, WIDTH, WIDTH))
+    states, gradients = (np.zeros((2, pieces, 3, WIDTH, WIDTH)) for _ in range(2))
+    for piece in range(pieces - 1):
+        transition, increment = np.split(maps[:, piece], 2, axis=-2)
+        states[:, piece + 1] = states[:, piece] @ transition + increment
+    for piece in reversed(range(1, pieces)):
+        gradients[:, piece - 1] = terms[:, piece - 1]
+        if piece < pieces - 1:
+            gradients[:, piece - 1] += gradients[:, piece] @ np.swapaxes(maps[:, piece, :, :WIDTH], -1, -2)
+    maps, terms = (jnp.asarray(a, jnp.float32) for a in (maps, terms))
+    np.testing.assert_allclose(piece_states.before(maps, interpret=True), states, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        piece_states.after(maps, terms, interpret=True), gradients, rtol=1e-5, atol=1e-5
+    )
+
+
+def test_packed_rows_and_states_are_left_to_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("holo_jax.kernels.hopper_stages.pieces", lambda values: 4)
+    phases = jax.ShapeDtypeStruct((2, 16384, 14, 32), jnp.float32)
+    gates = jax.ShapeDtypeStruct((2, 16384, 14), jnp.float32)
+    values = jax.ShapeDtypeStruct((2, 16384, 14, 64), jnp.bfloat16)
+    call = Call(phases, phases, values, gates, gates, "outer")
+    assert hopper_pieces.unsupported(call, final=False) is None
+    assert "state" in (hopper_pieces.unsupported(call, final=True) or "")
+    packed = call._replace(segment_ids=jnp.zeros((2, 16384), jnp.int32))
+    assert "packed" in (hopper_pieces.unsupported(packed, final=False) or "")
+    wide = call._replace(values=jax.ShapeDtypeStruct((2, 16384, 14, 128), jnp.bfloat16))
+    assert "d is 128" in (hopper_pieces.unsupported(wide, final=False) or "")
+    monkeypatch.setattr("holo_jax.kernels.hopper_stages.pieces", lambda values: 1)
+    assert "not cut" in (hopper_pieces.unsupported(call, final=False) or "")
+
+
+@pytest.mark.skipif(hopper.missing() is not None, reason=f"needs Hopper's kernels: {hopper.missing()}")
+@pytest.mark.parametrize("time", [1000, 2113, 4161])
+def test_long_rows_on_a_gpu_equal_the_definition(time: int) -> None:
+    """Values and gradients, no further off than by the package's own pieces."""
+    keys = jax.random.split(jax.random.key(3), 6)
+    phases = [3 * jax.random.normal(k, (2, time, 2, 32)) for k in keys[:2]]
+    values = jax.random.normal(keys[2], (2, time, 2, 64), jnp.bfloat16)
+    gates = jax.nn.sigmoid(jax.random.normal(keys[3], (2, time, 2)))
+    erase = gates * jax.nn.sigmoid(jax.random.normal(keys[4], (2, time, 2)) - 1)
+    weights = jax.random.normal(keys[5], values.shape)
+
+    def exact(write, read, values, gates, erase):
+        return accumulate(write, read, values, gates, erase, binding="outer")[0]
+
+    def kernel(final):
+        def run(*inputs):
+            call = Call(*inputs[:2], inputs[2].astype(jnp.bfloat16), *inputs[3:], "outer")
+            keys, queries = hopper.features(call)
+            assert final or hopper_pieces.unsupported(call, final=False) is None
+            return hopper.accumulate_features(keys, queries, call, final=final)[0].astype(jnp.float32)
+
+        return run
+
+    def objective(run):
+        def total(*inputs):
+            outputs = run(*inputs)
+            return jnp.sum(outputs * weights), outputs
+
+        return jax.jit(jax.value_and_grad(total, argnums=tuple(range(5)), has_aux=True))
+
+    arguments = (*phases, values.astype(jnp.float32), gates, erase)
+    # The package's own code promotes ranks.
+    with jax.numpy_rank_promotion("allow"):
+        found = [objective(run)(*arguments) for run in (exact, kernel(True), kernel(False))]
+    names = ("outputs", "write", "read", "values", "gates", "erase")
+    rows = zip(names, *((outputs, *gradients) for (_, outputs), gradients in found), strict=True)
+    for name, wanted, theirs, ours in rows:
+        size = float(jnp.linalg.norm(wanted))
+        theirs, ours = (float(jnp.linalg.norm(x - wanted)) / size for x in (theirs, ours))
+        assert ours < 1.3 * theirs + 1e-4, (name, theirs, ours)
