@@ -25,20 +25,19 @@ from jax.experimental import pallas as pl
 
 from holo_jax.array_types import Array, Float
 from holo_jax.kernels import mosaic
+from holo_jax.kernels.chunk_tiles import CHUNK, WIDTH, Products, along, indices, load, tile, vector, zeros
 
-CHUNK = 64
-WIDTH = 64
 _STAGES = 6
 _Refs = dict[str, Any]
 
 
 class _Form(NamedTuple):
-    """Chunks of a piece, pieces of a row that are walked, of what numbers, and whether interpreted."""
+    """Chunks of a piece, pieces of a row that are walked, of what numbers, and products of tiles."""
 
     steps: int
     walked: int
     dtype: Any
-    interpreted: bool
+    product: Products
 
 
 def transitions(
@@ -61,15 +60,15 @@ def transitions(
     """
     b, t, h, _ = keys.shape
     walked = pieces - 1
-    form = _Form(t // (CHUNK * pieces), walked, keys.dtype, interpret is not None)
+    form = _Form(t // (CHUNK * pieces), walked, keys.dtype, Products(interpret is not None))
     body = partial(_transitions, form)
-    tile = partial(_tiles, dtype=keys.dtype)
+    room = partial(tile, keys.dtype, _STAGES)
     return _run(
         body,
         (keys, values, inverse, strength),
         name="piece_transitions",
         out=jax.ShapeDtypeStruct((b * walked, h, 2 * WIDTH, WIDTH), jnp.float32),
-        scratch=dict(keys=tile(), values=tile(), inverse=tile(), made=tile(), strength=_vectors()),
+        scratch=dict(keys=room(), values=room(), inverse=room(), made=room(), strength=vector(_STAGES)),
         walkers=2,
         grid=(b * walked, h),
         interpret=interpret,
@@ -94,32 +93,20 @@ def reverse_terms(
     """
     b, t, h, _ = keys.shape
     walked = pieces - 1
-    form = _Form(t // (CHUNK * pieces), walked, keys.dtype, interpret is not None)
+    form = _Form(t // (CHUNK * pieces), walked, keys.dtype, Products(interpret is not None))
     body = partial(_reverse_terms, form)
-    tile = partial(_tiles, dtype=keys.dtype)
+    room = partial(tile, keys.dtype, _STAGES)
     return _run(
         body,
         (queries, keys, cotangent, inverse, strength),
         name="piece_reverse_terms",
         out=jax.ShapeDtypeStruct((b * walked, h, WIDTH, WIDTH), jnp.float32),
         # Queries and inverses are replaced by what is made of them.
-        scratch=dict(queries=tile(), keys=tile(), cotangent=tile(), inverse=tile(), strength=_vectors()),
+        scratch=dict(queries=room(), keys=room(), cotangent=room(), inverse=room(), strength=vector(_STAGES)),
         walkers=1,
         grid=(b * walked, h),
         interpret=interpret,
     ).reshape(b, walked, h, WIDTH, WIDTH)
-
-
-def _tiles(dtype: Any) -> Any:
-    """A tile for every stage, laid out for asynchronous copies and the tensor cores."""
-    plgpu = mosaic.pallas()
-    swizzle = plgpu.find_swizzle(WIDTH * jnp.dtype(dtype).itemsize * 8)
-    tiling = plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize))
-    return plgpu.SMEM((_STAGES, CHUNK, WIDTH), dtype, transforms=(tiling, plgpu.SwizzleTransform(swizzle)))
-
-
-def _vectors() -> Any:
-    return mosaic.pallas().SMEM((_STAGES, CHUNK), jnp.float32)
 
 
 def _run(
@@ -164,55 +151,6 @@ def _place(walked: int, skipped: int) -> tuple[Array, Array, Array, Array]:
     index = jax.lax.axis_index("piece")
     row, piece = jax.lax.div(index, walked), jax.lax.rem(index, walked) + skipped
     return row, piece, index, jax.lax.axis_index("head")
-
-
-def _product(form: _Form, a: Any, b: Any) -> Array:
-    return _products(form, (a, b))[0]
-
-
-def _products(form: _Form, *pairs: Any) -> tuple[Array, ...]:
-    """Products of each pair; nothing may be moved over their end, which no register names."""
-    plgpu = mosaic.pallas()
-    if form.interpreted:  # the interpreter multiplies no registers
-        wide = ([x[...].astype(jnp.float32) for x in pair] for pair in pairs)
-        return tuple(jnp.dot(a, b, precision="highest") for a, b in wide)
-
-    def multiply(*sums: Any) -> tuple[Array, ...]:
-        for total, (a, b) in zip(sums, pairs, strict=True):
-            plgpu.wgmma(total, a, b)
-        return tuple(total[...] for total in sums)
-
-    shapes = [plgpu.ACC((WIDTH, WIDTH), jnp.float32) for _ in pairs]
-    return jax.lax.optimization_barrier(pl.run_scoped(multiply, *shapes))
-
-
-def _added(form: _Form, start: Array, *pairs: Any) -> Array:
-    """``start`` and the products of all pairs."""
-    plgpu = mosaic.pallas()
-    if form.interpreted:
-        return sum(_products(form, *pairs), start)
-
-    def multiply(total: Any) -> None:
-        for a, b in pairs:
-            plgpu.wgmma(total, a, b)
-
-    return jax.lax.optimization_barrier(pl.run_state(multiply)(plgpu.ACC.init(start)))
-
-
-def _load(ref: Any, axis: int | None = None) -> Array:
-    """A tile in the registers of the tensor cores, or a vector along its rows (0) or columns (1)."""
-    plgpu = mosaic.pallas()
-    layout = plgpu.Layout.WGMMA if axis is None else plgpu.Layout.WGMMA.reduce(1 - axis)
-    return plgpu.load(ref, layout=layout)
-
-
-def _along_columns(vector: Array) -> Array:
-    return jax.lax.broadcast_in_dim(vector, (WIDTH, CHUNK), [1])
-
-
-def _indices(axis: int) -> Array:
-    plgpu = mosaic.pallas()
-    return plgpu.broadcasted_iota(jnp.int32, (WIDTH, WIDTH), axis, layout=plgpu.Layout.WGMMA)
 
 
 def _copies(held: _Refs, steps: int, sources: dict[str, Any]) -> None:
@@ -262,7 +200,7 @@ def _transitions(
     held: _Refs,
 ) -> None:
     plgpu = mosaic.pallas()
-    steps, dtype = form.steps, form.dtype
+    steps, dtype, product = form.steps, form.dtype, form.product
     row, piece, index, head = _place(form.walked, 0)
     group = jax.lax.axis_index("group")
     keys, values, inverse, made, strength = (
@@ -278,15 +216,15 @@ def _transitions(
         def step(n: Array, state: Array) -> Array:
             slot = jax.lax.rem(n, _STAGES)
             plgpu.barrier_wait(held["come"].at[slot])
-            factors = _along_columns(_load(strength.at[slot], 1))
+            factors = along(strength.at[slot], 1)
             if which == 0:
-                value = _load(values.at[slot].T).astype(jnp.float32)
-                missing = (value - _product(form, state.astype(dtype), keys.at[slot].T)) * factors
+                value = load(values.at[slot].T)
+                missing = (value - product(state.astype(dtype), keys.at[slot].T)) * factors
             else:
-                missing = -_product(form, state.astype(dtype), keys.at[slot].T) * factors
+                missing = -product(state.astype(dtype), keys.at[slot].T) * factors
             missing = missing.astype(dtype)
             plgpu.barrier_wait(held["made_come"].at[slot])
-            state = _added(form, state, (missing, made.at[slot]))
+            state = product.added(state, (missing, made.at[slot]))
             plgpu.barrier_arrive(held["free"].at[slot])
             return state
 
@@ -296,12 +234,12 @@ def _transitions(
     @pl.when(group == 0)
     def _increment() -> None:
         plgpu.set_max_registers(184, action="increase")
-        walk(0, plgpu.layout_cast(jnp.zeros((WIDTH, WIDTH), jnp.float32), plgpu.Layout.WGMMA))
+        walk(0, zeros())
 
     @pl.when(group == 1)
     def _transition() -> None:
         plgpu.set_max_registers(184, action="increase")
-        walk(1, jnp.where(_indices(0) == _indices(1), 1.0, 0.0).astype(jnp.float32))
+        walk(1, jnp.where(indices(0) == indices(1), 1.0, 0.0).astype(jnp.float32))
 
     @pl.when(group == 2)
     def _make() -> None:
@@ -311,7 +249,7 @@ def _transitions(
         def _chunk(n: Array) -> None:
             slot = jax.lax.rem(n, _STAGES)
             plgpu.barrier_wait(held["come"].at[slot])
-            made.at[slot][...] = _product(form, inverse.at[slot].T, keys.at[slot]).astype(dtype)
+            made.at[slot][...] = product(inverse.at[slot].T, keys.at[slot]).astype(dtype)
             plgpu.commit_smem()
             plgpu.barrier_arrive(held["made_come"].at[slot])
 
@@ -344,7 +282,7 @@ def _reverse_terms(
     held: _Refs,
 ) -> None:
     plgpu = mosaic.pallas()
-    steps, dtype = form.steps, form.dtype
+    steps, dtype, product = form.steps, form.dtype, form.product
     row, piece, index, head = _place(form.walked, 1)
     group = jax.lax.axis_index("group")
     queries, keys, cotangent, inverse, strength = (
@@ -361,13 +299,13 @@ def _reverse_terms(
         def step(n: Array, state: Array) -> Array:
             slot = jax.lax.rem(n, _STAGES)
             plgpu.barrier_wait(held["come"].at[slot])
-            read = (-_product(form, state.astype(dtype), keys.at[slot].T)).astype(dtype)
+            read = (-product(state.astype(dtype), keys.at[slot].T)).astype(dtype)
             plgpu.barrier_wait(held["made_come"].at[slot])
-            state = _added(form, state, (cotangent.at[slot].T, queries.at[slot]), (read, inverse.at[slot]))
+            state = product.added(state, (cotangent.at[slot].T, queries.at[slot]), (read, inverse.at[slot]))
             plgpu.barrier_arrive(held["free"].at[slot])
             return state
 
-        start = plgpu.layout_cast(jnp.zeros((WIDTH, WIDTH), jnp.float32), plgpu.Layout.WGMMA)
+        start = zeros()
         _store(held, 0, jax.lax.fori_loop(0, steps, step, start), out_ref.at[index, head])
 
     @pl.when(group == 1)
@@ -378,13 +316,13 @@ def _reverse_terms(
         def _chunk(n: Array) -> None:
             slot = jax.lax.rem(n, _STAGES)
             plgpu.barrier_wait(held["come"].at[slot])
-            factors = _along_columns(_load(strength.at[slot], 1))
-            scaled = (_load(inverse.at[slot]).astype(jnp.float32) * factors).astype(dtype)
-            erased, read = _products(form, (scaled, keys.at[slot]), (queries.at[slot], keys.at[slot].T))
+            factors = along(strength.at[slot], 1)
+            scaled = (load(inverse.at[slot]) * factors).astype(dtype)
+            erased, read = product.apart((scaled, keys.at[slot]), (queries.at[slot], keys.at[slot].T))
             inverse.at[slot][...] = erased.astype(dtype)
-            read = jnp.where(_indices(0) >= _indices(1), read, 0.0).astype(dtype)
+            read = jnp.where(indices(0) >= indices(1), read, 0.0).astype(dtype)
             plgpu.commit_smem()
-            left = _load(queries.at[slot]).astype(jnp.float32) - _product(form, read, inverse.at[slot])
+            left = load(queries.at[slot]) - product(read, inverse.at[slot])
             queries.at[slot][...] = left.astype(dtype)
             plgpu.commit_smem()
             plgpu.barrier_arrive(held["made_come"].at[slot])
