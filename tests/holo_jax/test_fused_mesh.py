@@ -18,7 +18,13 @@ from train.step import StepFunctions
 pytestmark = [pytest.mark.devices(8), pytest.mark.slow]
 ROWS, TIME = 4, 64
 MODELS: dict[str, dict[str, Any]] = {
-    "holo": dict(model__preset="holo", model__hd_dim=32, model__erase=False, model__block_backend="norms"),
+    "holo": dict(
+        model__preset="holo",
+        model__hd_dim=32,
+        model__erase=False,
+        model__block_backend="norms",
+        model__num_hidden_layers=2,
+    ),
     "gelu": dict(model__preset="holo", model__hd_dim=32, model__erase=False, model__mlp="gelu"),
 }
 
@@ -64,10 +70,9 @@ def first_step(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[str, 
 
 
 @functools.cache
-def plain_step(model: str, layers: int = 1) -> tuple[str, list[np.ndarray]]:
+def plain_step(model: str) -> tuple[str, list[np.ndarray]]:
     """One device without kernels; what is computed again changes no number."""
-    plain = dict(model__remat="dots", model__block_backend="portable", model__num_hidden_layers=layers)
-    return first_step(model, (1, 1, 1, 1), **plain)
+    return first_step(model, (1, 1, 1, 1), model__remat="dots", model__block_backend="portable")
 
 
 @pytest.mark.parametrize(
@@ -97,9 +102,9 @@ def test_a_divided_model_keeps_the_plain_form() -> None:
 def test_sums_of_blocks_are_in_order(monkeypatch: pytest.MonkeyPatch, transport: str, dtype: str) -> None:
     """Unrolled over ``data``: the numbers of one device; sums by block, each before what follows it."""
     monkeypatch.setattr("holo_jax.model.splits_stacks", lambda: True)
-    layers = 2
-    fields = dict(model__remat="dots", model__num_hidden_layers=layers, model__scan_unroll=layers)
-    _, want = plain_step("holo", layers)
+    layers = MODELS["holo"]["model__num_hidden_layers"]
+    fields = dict(model__remat="dots", model__scan_unroll=layers)
+    _, want = plain_step("holo")
     over = fields | dict(mesh__reduce_dtype=dtype, mesh__transport=transport, mesh__in_order=True)
     _, found = first_step("holo", (4, 1, 1, 1), **over)
     tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == "float32" else dict(rtol=2e-2, atol=2e-4)
