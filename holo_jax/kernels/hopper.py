@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
-from holo_jax.kernels import hopper_pieces
+from holo_jax.kernels import hopper_erase
 from holo_jax.kernels.call import READ_NAME, Call, total_writes
 from holo_jax.kernels.capability import compute_capability, installed_version, partitioned
 from holo_jax.kernels.hopper_stages import CHUNK
@@ -109,7 +109,8 @@ def accumulate_features(
     Outputs have the dtype of the values. ``scaled`` multiplies values by a factor a head; plain JAX if None.
     ``gated`` says that the keys are multiplied by the write gates already, so that values are not: the sum's
     terms ``phi (g v)^T`` and ``(g phi) v^T`` are the same. The delta rule needs keys of norm 1. Without
-    ``final`` there is no state; where kernels cut a row in pieces, the last one's map is then not sought.
+    ``final`` there is no state, and the delta rule goes back by a kernel of our own (``hopper_erase``), which
+    scales values itself.
     """
     assert not (gated and call.erase is not None)
     scaled = scaled or _scaled
@@ -136,10 +137,11 @@ def accumulate_features(
             **options,
         )
     else:
-        values, strength = delta_operands(call, scaled)
-        if implementation == "mosaic_gpu" and hopper_pieces.unsupported(call, final=final) is None:
-            outputs = hopper_pieces.read(queries, keys, values, strength)
+        if implementation == "mosaic_gpu" and hopper_erase.unsupported(call, final=final) is None:
+            gates, strength = _gates(call), _strength(call)
+            outputs = hopper_erase.read(queries, keys, call.values, gates, strength, call.segment_ids)
         else:
+            values, strength = delta_operands(call, scaled)
             outputs, state = linear_attention("deltanet", queries, keys, values, beta=strength, **options)
     # Named while narrow, so that a rematerialised block keeps it instead of running the kernel twice.
     outputs = checkpoint_name(outputs, READ_NAME)
@@ -152,10 +154,13 @@ def accumulate_features(
 
 def delta_operands(call: Call, scaled: Callable[[Array, Array], Array] | None = None) -> tuple[Array, Array]:
     """(values, strength) that the delta-rule kernel is given for a call with ``erase``."""
+    strength = _strength(call)
+    return (scaled or _scaled)(call.values, _gates(call) / strength), strength
+
+
+def _strength(call: Call) -> Array:
     assert call.erase is not None
-    gates = _gates(call)
-    strength = raised(call.erase.astype(jnp.float32), gates)
-    return (scaled or _scaled)(call.values, gates / strength), strength
+    return raised(call.erase.astype(jnp.float32), _gates(call))
 
 
 def features(call: Call) -> tuple[Array, Array]:

@@ -71,6 +71,20 @@ def padded(cotangent: Array, x: Inputs) -> Array:
     return jnp.pad(cotangent.astype(x.queries.dtype), ((0, 0), (0, pad), (0, 0), (0, 0)))
 
 
+def heads_first(numbers: Array, x: Inputs) -> Array:
+    """``[b, t, h]`` as the kernels are given it, float32."""
+    from jla.ops.mosaic_gpu._common import head_major
+
+    return head_major(numbers, x.queries.shape[1] - numbers.shape[1])
+
+
+def multiprocessors() -> int:
+    """Of the card."""
+    from jla.ops.mosaic_gpu._common import num_sms
+
+    return int(num_sms())
+
+
 def inverses(x: Inputs) -> Array:
     """Of every chunk, ``[b, h, t, 64]``."""
     from jla.ops.mosaic_gpu import gated_delta_rule_kernels
@@ -78,8 +92,8 @@ def inverses(x: Inputs) -> Array:
     return gated_delta_rule_kernels.kkt_fwd(x.keys, x.strength, seg=x.segments, interpret=None)
 
 
-def outputs(x: Inputs, inverse: Array, starts: Array) -> Array:
-    """``[b, padded t, h, d]`` from the states before pieces."""
+def outputs(x: Inputs, inverse: Array, starts: Array | None) -> Array:
+    """``[b, padded t, h, d]`` from the states before pieces; None is nothing."""
     from jla.ops.mosaic_gpu import scalar_gate_fused
 
     found, _ = scalar_gate_fused.fused_fwd_wy(
@@ -97,10 +111,13 @@ def outputs(x: Inputs, inverse: Array, starts: Array) -> Array:
     return found
 
 
-def gradients(
-    x: Inputs, operands: tuple[Array, ...], cotangent: Array, inverse: Array, starts: Array, ends: Array
-) -> tuple[Array, ...]:
-    """Of the operands, from the padded gradient of outputs and those of the states after pieces."""
+def between(
+    x: Inputs, cotangent: Array, inverse: Array, starts: Array | None, ends: Array | None
+) -> tuple[Array, Array, Array]:
+    """(states before chunks, gradients of those after them ``[b, h, chunks, d, k]``, gradient of the values).
+
+    From the padded gradient of outputs, the states before pieces and the gradients of those after them.
+    """
     from jla.ops.mosaic_gpu import gated_delta_rule_bwd as backward
 
     states, _ = backward.state_fwd_wy(x.keys, x.values, inverse, *x.vectors, starts, **x.places)
@@ -115,6 +132,16 @@ def gradients(
         want_dh0=False,
         **x.places,
     )
+    return states, of_states, of_values
+
+
+def gradients(
+    x: Inputs, operands: tuple[Array, ...], cotangent: Array, inverse: Array, starts: Array, ends: Array
+) -> tuple[Array, ...]:
+    """Of the operands, from what ``between`` is given."""
+    from jla.ops.mosaic_gpu import gated_delta_rule_bwd as backward
+
+    states, of_states, of_values = between(x, cotangent, inverse, starts, ends)
     of_queries, of_keys, of_strength, _ = backward.chunk_grads(
         x.queries,
         x.keys,

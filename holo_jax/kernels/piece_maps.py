@@ -9,7 +9,7 @@ and the gradient ``G`` of the state after it, where outputs have the gradient ``
 
     G - (G k^T) Y + r^T (q - P Y),    Y = T diag(beta) k,    P_ij = q_i . k_j for j <= i.
 
-What does not depend on the state is made ahead by a warpgroup of its own, so that two products of 64 follow
+What does not depend on the state is made ahead by warpgroups of their own, so that two products of 64 follow
 one another in a chunk; one program walks a piece. Products have 16-bit operands and float32 accumulators.
 
 Sources: the chunked delta rule of https://arxiv.org/abs/2406.06484, whose ``T`` is the inverse that
@@ -27,7 +27,7 @@ from holo_jax.array_types import Array, Float
 from holo_jax.kernels import mosaic
 from holo_jax.kernels.chunk_tiles import CHUNK, WIDTH, Products, along, indices, load, tile, vector, zeros
 
-_STAGES = 6
+_STAGES = 6  # even: of two makers each has its own
 _Refs = dict[str, Any]
 
 
@@ -70,6 +70,7 @@ def transitions(
         out=jax.ShapeDtypeStruct((b * walked, h, 2 * WIDTH, WIDTH), jnp.float32),
         scratch=dict(keys=room(), values=room(), inverse=room(), made=room(), strength=vector(_STAGES)),
         walkers=2,
+        makers=1,
         grid=(b * walked, h),
         interpret=interpret,
     ).reshape(b, walked, h, 2 * WIDTH, WIDTH)
@@ -104,6 +105,7 @@ def reverse_terms(
         # Queries and inverses are replaced by what is made of them.
         scratch=dict(queries=room(), keys=room(), cotangent=room(), inverse=room(), strength=vector(_STAGES)),
         walkers=1,
+        makers=2,
         grid=(b * walked, h),
         interpret=interpret,
     ).reshape(b, walked, h, WIDTH, WIDTH)
@@ -117,16 +119,18 @@ def _run(
     out: Any,
     scratch: _Refs,
     walkers: int,
+    makers: int,
     grid: tuple[int, int],
     interpret: Any,
 ) -> Array:
-    """A program for every piece and head: ``walkers`` warpgroups, one that makes, one that copies."""
+    """A program for every piece and head: warpgroups that walk, that make what they need, one that copies."""
     plgpu = mosaic.pallas()
+    groups = walkers + makers + 1
     barriers = dict(
         come=plgpu.Barrier(num_arrivals=len(operands), num_barriers=_STAGES),
         made_come=plgpu.Barrier(num_barriers=_STAGES),
         free=plgpu.Barrier(num_arrivals=walkers, num_barriers=_STAGES),
-        done=plgpu.Barrier(num_arrivals=walkers + 2),
+        done=plgpu.Barrier(num_arrivals=groups),
     )
     names = [*scratch, *barriers, "state"]
 
@@ -139,7 +143,7 @@ def _run(
         scratch_types=dict(**scratch, **barriers, state=plgpu.SMEM((walkers, WIDTH, WIDTH), jnp.float32)),
         grid=grid,
         grid_names=("piece", "head"),
-        num_threads=walkers + 2,
+        num_threads=groups,
         thread_name="group",
         interpret=interpret,
         kernel_name=name,
@@ -294,7 +298,7 @@ def _reverse_terms(
 
     @pl.when(group == 0)
     def _walk() -> None:
-        plgpu.set_max_registers(208, action="increase")
+        plgpu.set_max_registers(168, action="increase")
 
         def step(n: Array, state: Array) -> Array:
             slot = jax.lax.rem(n, _STAGES)
@@ -308,13 +312,12 @@ def _reverse_terms(
         start = zeros()
         _store(held, 0, jax.lax.fori_loop(0, steps, step, start), out_ref.at[index, head])
 
-    @pl.when(group == 1)
-    def _make() -> None:
-        plgpu.set_max_registers(208, action="increase")
+    def make(which: int) -> None:
+        """Every other chunk: one after another they take longer than the walk."""
 
-        @pl.loop(0, steps)
+        @pl.loop(0, (steps + 1 - which) // 2)
         def _chunk(n: Array) -> None:
-            slot = jax.lax.rem(n, _STAGES)
+            slot = jax.lax.rem(2 * n + which, _STAGES)
             plgpu.barrier_wait(held["come"].at[slot])
             factors = along(strength.at[slot], 1)
             scaled = (load(inverse.at[slot]) * factors).astype(dtype)
@@ -327,7 +330,14 @@ def _reverse_terms(
             plgpu.commit_smem()
             plgpu.barrier_arrive(held["made_come"].at[slot])
 
-    @pl.when(group == 2)
+    for which in (0, 1):
+
+        @pl.when(group == 1 + which)
+        def _make(which: int = which) -> None:
+            plgpu.set_max_registers(152, action="increase")
+            make(which)
+
+    @pl.when(group == 3)
     def _copy() -> None:
         plgpu.set_max_registers(40, action="decrease")
         _copies(
