@@ -209,8 +209,8 @@ def raised(erase: Array, gates: Array) -> Array:
     """Erase gates not below ``2^-16`` of the write gates, with the gradient of the erase gates themselves.
 
     By the package's kernel the gradient with respect to ``e`` is a difference of two products, each known to
-    the operands' rounding (``hopper_erase`` has one product); through a gate ``e = g sigmoid(x)`` the error it
-    leaves in ``dx`` is at most that rounding times the gradient of the write gate, however small ``e`` is.
+    the operands' rounding (``hopper_erase`` has one product); through a gate ``e = g sigmoid(x)`` the error
+    it leaves in ``dx`` is at most that rounding times the gradient of the write gate, however small ``e`` is.
     """
     least = jnp.maximum(_LEAST_SHARE * gates, _LEAST)
     return erase + jax.lax.stop_gradient(jnp.maximum(erase, least) - erase)
