@@ -1,10 +1,11 @@
 """The erase rule on Hopper for training: rows that begin from nothing, heads of 64 features and channels.
 
-Kernels of jax-linear-attention invert chunks and carry states over them. What lies inside chunks on the way
-back is a kernel of our own (``erase_gradients``): without decay, and by write and erase gates, not their
-quotient. Few long rows are cut in pieces that are read at once, as in the package; what a piece does to the
-state before it is found by one program (``piece_maps``), where the package's kernel takes two of a
-multiprocessor each, and one kernel composes pieces (``piece_states``).
+Kernels of jax-linear-attention invert chunks and carry states forwards. The way back is by kernels of our
+own, without decay: gradients of states between chunks (``reverse_walk``), then all that lies inside chunks,
+by write and erase gates, not their quotient (``erase_gradients``). Few long rows are cut in pieces that are
+read at once, as in the package; what a piece does to the state before it is found by one program
+(``piece_maps``), where the package's kernel takes two of a multiprocessor each, and one kernel composes
+pieces (``piece_states``).
 
 Source: https://github.com/jla-org/jax-linear-attention (Apache-2.0), version 0.1.0,
 ``ops/mosaic_gpu/scalar_gate.py``.
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from holo_jax.array_types import Array
-from holo_jax.kernels import erase_gradients, hopper_stages, piece_maps, piece_states
+from holo_jax.kernels import erase_gradients, hopper_stages, piece_maps, piece_states, reverse_walk
 from holo_jax.kernels.call import SCALED_NAME, Call
 from holo_jax.kernels.chunk_tiles import WIDTH
 
@@ -69,11 +70,15 @@ def _backward(saved: Any, cotangent: Array) -> tuple[Array | None, ...]:
     queries, keys, scaled, gates, strength, segment_ids, inverse, maps, starts = saved
     x = hopper_stages.inputs((queries, keys, scaled, strength), segment_ids)
     cotangent = hopper_stages.padded(cotangent, x)
+    walked = (x.queries, x.keys, cotangent, inverse, x.strength)
     ends = None
     if x.pieces > 1:
-        terms = piece_maps.reverse_terms(x.queries, x.keys, cotangent, inverse, x.strength, pieces=x.pieces)
+        terms = reverse_walk.terms(*walked, pieces=x.pieces)
         ends = _in_rows(piece_states.after(maps, terms))
-    states, of_states, _ = hopper_stages.between(x, cotangent, inverse, starts, ends)
+    if x.segments is None:
+        of_states = reverse_walk.between(*walked, ends, pieces=x.pieces)
+    else:
+        of_states, _ = hopper_stages.reverse(x, cotangent, inverse, ends)
     found = erase_gradients.gradients(
         x.queries,
         x.keys,
@@ -82,7 +87,7 @@ def _backward(saved: Any, cotangent: Array) -> tuple[Array | None, ...]:
         x.strength,
         cotangent=cotangent,
         inverse=inverse,
-        states=states,
+        states=hopper_stages.states(x, inverse, starts),
         of_states=of_states,
         runs=None if x.segments is None else erase_gradients.Runs(*x.segments),
         programs=hopper_stages.multiprocessors(),

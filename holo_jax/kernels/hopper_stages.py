@@ -111,16 +111,18 @@ def outputs(x: Inputs, inverse: Array, starts: Array | None) -> Array:
     return found
 
 
-def between(
-    x: Inputs, cotangent: Array, inverse: Array, starts: Array | None, ends: Array | None
-) -> tuple[Array, Array, Array]:
-    """(states before chunks, gradients of those after them ``[b, h, chunks, d, k]``, gradient of the values).
-
-    From the padded gradient of outputs, the states before pieces and the gradients of those after them.
-    """
+def states(x: Inputs, inverse: Array, starts: Array | None) -> Array:
+    """States before chunks, ``[b, h, chunks, d, k]``, from those before pieces."""
     from jla.ops.mosaic_gpu import gated_delta_rule_bwd as backward
 
-    states, _ = backward.state_fwd_wy(x.keys, x.values, inverse, *x.vectors, starts, **x.places)
+    found, _ = backward.state_fwd_wy(x.keys, x.values, inverse, *x.vectors, starts, **x.places)
+    return found
+
+
+def reverse(x: Inputs, cotangent: Array, inverse: Array, ends: Array | None) -> tuple[Array, Array]:
+    """(gradients of the states after chunks, and of the values), from those of the states after pieces."""
+    from jla.ops.mosaic_gpu import gated_delta_rule_bwd as backward
+
     of_states, of_values, _ = backward.state_bwd_wy(
         x.queries,
         x.keys,
@@ -132,16 +134,16 @@ def between(
         want_dh0=False,
         **x.places,
     )
-    return states, of_states, of_values
+    return of_states, of_values
 
 
 def gradients(
     x: Inputs, operands: tuple[Array, ...], cotangent: Array, inverse: Array, starts: Array, ends: Array
 ) -> tuple[Array, ...]:
-    """Of the operands, from what ``between`` is given."""
+    """Of the operands, from the padded gradient of outputs, states before pieces, gradients of later ones."""
     from jla.ops.mosaic_gpu import gated_delta_rule_bwd as backward
 
-    states, of_states, of_values = between(x, cotangent, inverse, starts, ends)
+    of_states, of_values = reverse(x, cotangent, inverse, ends)
     of_queries, of_keys, of_strength, _ = backward.chunk_grads(
         x.queries,
         x.keys,
@@ -149,7 +151,7 @@ def gradients(
         cotangent,
         inverse,
         *x.vectors,
-        states,
+        states(x, inverse, starts),
         of_states,
         scale=1.0,
         seg=x.segments,

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from holo_jax.functional import accumulate
-from holo_jax.kernels import hopper, hopper_erase, mosaic, piece_maps, piece_states
+from holo_jax.kernels import hopper, hopper_erase, mosaic, piece_maps, piece_states, reverse_walk
 from holo_jax.kernels.call import Call
-
-WIDTH = piece_maps.WIDTH
+from holo_jax.kernels.chunk_tiles import CHUNK, WIDTH
 
 
 def draw(b: int, t: int, h: int) -> dict[str, np.ndarray]:
@@ -25,10 +24,10 @@ def draw(b: int, t: int, h: int) -> dict[str, np.ndarray]:
     found = {name: rounded(unit(rng.normal(size=(b, t, h, WIDTH)))) for name in ("queries", "keys")}
     found |= {name: rounded(rng.normal(size=(b, t, h, WIDTH))) for name in ("values", "cotangent")}
     found["strength"] = rng.uniform(0.05, 0.95, size=(b, h, t)).astype(np.float32).astype(np.float64)
-    chunks = np.moveaxis(found["keys"].reshape(b, -1, piece_maps.CHUNK, h, WIDTH), 3, 1)
+    chunks = np.moveaxis(found["keys"].reshape(b, -1, CHUNK, h, WIDTH), 3, 1)
     scores = found["strength"].reshape(*chunks.shape[:-1], 1) * (chunks @ np.swapaxes(chunks, -1, -2))
-    inverse = np.linalg.inv(np.eye(piece_maps.CHUNK) + np.tril(scores, -1))
-    return found | {"inverse": inverse.reshape(b, h, t, piece_maps.CHUNK)}
+    inverse = np.linalg.inv(np.eye(CHUNK) + np.tril(scores, -1))
+    return found | {"inverse": inverse.reshape(b, h, t, CHUNK)}
 
 
 def narrowed(x: dict[str, np.ndarray], *names: str) -> list[jax.Array]:
@@ -70,14 +69,39 @@ def walked(x: dict[str, np.ndarray], pieces: int) -> tuple[np.ndarray, np.ndarra
 def test_maps_equal_the_recurrence() -> None:
     """More chunks than stages in a piece, and pieces with others before and behind them."""
     pieces = 3
-    x = draw(1, pieces * 8 * piece_maps.CHUNK, 2)
+    x = draw(1, pieces * 8 * CHUNK, 2)
     maps, terms = walked(x, pieces)
     options = dict(pieces=pieces, interpret=mosaic.pallas().InterpretGPUParams())
     found = piece_maps.transitions(*narrowed(x, "keys", "values", "inverse", "strength"), **options)
     assert error(found[..., :WIDTH, :], maps[..., :WIDTH, :]) < 6e-3
     assert error(found[..., WIDTH:, :], maps[..., WIDTH:, :]) < 6e-3
     names = ("queries", "keys", "cotangent", "inverse", "strength")
-    assert error(piece_maps.reverse_terms(*narrowed(x, *names), **options), terms) < 6e-3
+    assert error(reverse_walk.terms(*narrowed(x, *names), **options), terms) < 6e-3
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter came with jax 0.11")
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_gradients_between_chunks_equal_the_recurrence(pieces: int) -> None:
+    """Whole rows, and pieces of them from the gradients behind them."""
+    x = draw(2, 10 * CHUNK, 1)
+    length = 10 * CHUNK // pieces
+    after, ends = [], []
+    gradient = np.zeros((2, 1, WIDTH, WIDTH))
+    for n in reversed(range(10 * CHUNK)):
+        if n % CHUNK == CHUNK - 1:
+            after.append(np.swapaxes(gradient, -1, -2))
+        if n % length == length - 1:
+            ends.append(np.swapaxes(gradient, -1, -2))
+        gradient = gradient + x["queries"][:, n, :, :, None] * x["cotangent"][:, n, :, None]
+        gradient = erased(gradient, x["keys"][:, n], x["strength"][:, :, n])
+    behind = jnp.asarray(np.stack(ends[::-1], 1).reshape(-1, 1, WIDTH, WIDTH), jnp.float32)
+    found = reverse_walk.between(
+        *narrowed(x, "queries", "keys", "cotangent", "inverse", "strength"),
+        None if pieces == 1 else behind,
+        pieces=pieces,
+        interpret=mosaic.pallas().InterpretGPUParams(),
+    )
+    assert error(found.astype(jnp.float32), np.stack(after[::-1], 2)) < 6e-3
 
 
 @pytest.mark.parametrize("pieces", [2, 5])
