@@ -253,7 +253,7 @@ def _decode_block(
     permitted = jnp.arange(model.config.vocab_size)[None] < inputs.allowed
     groups = -(-steps // GROUP)
     size = -(-steps // groups)
-    mail = room_for_mail(model.config, form)
+    mail = room_for_mail(model.config, form, decoding.remaining.shape[0])
     by_kernels = form.drawn and not plan.filters and decoding.seen is None
 
     def drawn(logits: Array, keys: Array, seen: Array | None) -> tuple[Array, Array]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.generate.counts import Counts
 from holo_jax.generate.sampling import Plan, SamplingNumbers, noise
-from holo_jax.generate.stepping import Form, embed
+from holo_jax.generate.stepping import Form, embed, logits_of
 from holo_jax.kernels import decode_choose, decode_mail, decode_scores, decode_stream
 from holo_jax.layers import embedding_std
 from holo_jax.model import HoloForCausalLM
@@ -34,7 +34,7 @@ def drawing_of(
 def first_input(model: HoloForCausalLM, counts: Counts, form: Form) -> Array:
     """The embedded token before the first block, as ``next_token`` returns it."""
     x = embed(model, jnp.where(counts.active, counts.token, 0))
-    if not form.stacked:
+    if not form.stacked or form.dealt:
         return x
     number = decode_stream.first_number(model.config.num_hidden_layers, counts.launch)
     return decode_mail.numbered(x, number[:, None])
@@ -62,24 +62,28 @@ def next_token(
     Returns:
       Logits, ``numbers`` before the next token, and what it enters the first block as.
     """
-    config, norm = model.config, model.model.norm
-    logits, scores = decode_scores.scores(
-        hidden,
-        packed["head"],
-        norm.weight[...],
-        drawing,
-        numbers,
-        eps=norm.eps,
-        dtype=config.precision.logits,
-        interpret=form.interpret,
-    )
+    config, norm, interpret = model.config, model.model.norm, form.interpret
+    if form.dealt:
+        logits = logits_of(model, hidden, form, packed)
+        scores = decode_scores.of_logits(logits, drawing, numbers, interpret=interpret)
+    else:
+        logits, scores = decode_scores.scores(
+            hidden,
+            packed["head"],
+            norm.weight[...],
+            drawing,
+            numbers,
+            eps=norm.eps,
+            dtype=config.precision.logits,
+            interpret=interpret,
+        )
     numbers, x = decode_choose.choose(
         scores,
         numbers,
         stop_tokens,
         model.model.embedding[...].astype(config.precision.storage),
         divisor=embedding_std(config) if config.tie_embeddings else None,
-        layers=config.num_hidden_layers if form.stacked else None,
-        interpret=form.interpret,
+        layers=config.num_hidden_layers if form.stacked and not form.dealt else None,
+        interpret=interpret,
     )
     return logits, numbers, x

@@ -1,5 +1,6 @@
-"""A model of memory layers as arrays stacked over depth, for the kernel that walks all of them."""
+"""A model of memory layers as arrays stacked over depth, for the kernels that walk all of them."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,15 @@ import jax.numpy as jnp
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.config import HoloConfig
 from holo_jax.generate.pending import Held, Pending
-from holo_jax.kernels import decode_heads, decode_join, decode_plan, decode_shape, decode_stream
+from holo_jax.kernels import (
+    decode_heads,
+    decode_join,
+    decode_plan,
+    decode_rows,
+    decode_rows_plan,
+    decode_shape,
+    decode_stream,
+)
 from holo_jax.model import HoloForCausalLM
 
 
@@ -19,17 +28,45 @@ def pack(model: HoloForCausalLM) -> dict[str, Array]:
     periods: Any = model.model.periods
     blocks = [block for period in periods for block in period.blocks]
 
+    return {
+        **_products(config, [_transposed(block) for block in blocks]),
+        **_small(config, blocks),
+        "mixer_norm": jnp.stack([block.mixer_norm.weight[...] for block in blocks]),
+        "mlp_norm": jnp.stack([block.mlp_norm.weight[...] for block in blocks]),
+    }
+
+
+@partial(jax.jit, static_argnums=1)
+def deal(model: HoloForCausalLM, programs: int) -> dict[str, Array]:
+    """The weights of all blocks by the names of ``decode_rows.run``; of a model in decoding form."""
+    config = model.config
+    periods: Any = model.model.periods
+    blocks = [block for period in periods for block in period.blocks]
+    maps = [own for period in folded(model) for own in period]
+    own = [
+        _transposed(block) | {name: weight.T for name, weight in normed.items()}
+        for block, normed in zip(blocks, maps, strict=True)
+    ]
+    shape = shape_of(config, 1, 1, programs)
+    products = _products(config, own).items()
+    dealt = {name: decode_rows_plan.dealt(shape, name, weight) for name, weight in products}
+    return {**dealt, **_small(config, blocks)}
+
+
+def _products(config: HoloConfig, blocks: list[dict[str, Array]]) -> dict[str, Array]:
+    """Weights in products, stacked over layers, maps head by head."""
+    by_head = jnp.asarray(decode_plan.rows_by_head(shape_of(config, 1, 1, 1)))
+    stacked = {name: jnp.stack([own[name] for own in blocks]) for name in decode_plan.PRODUCTS}
+    return stacked | {"maps": stacked["maps"][:, by_head]}
+
+
+def _small(config: HoloConfig, blocks: list[Any]) -> dict[str, Array]:
+    """What memories have beside the maps, stacked over layers."""
+
     def stacked(get: Any) -> Array:
         return jnp.stack([get(block) for block in blocks])
 
-    products = [_transposed(block) for block in blocks]
-    by_head = jnp.asarray(decode_plan.rows_by_head(shape_of(config, 1, 1, 1)))
-    for own in products:
-        own["maps"] = own["maps"][by_head]
     arrays = {
-        **{name: jnp.stack([own[name] for own in products]) for name in products[0]},
-        "mixer_norm": stacked(lambda block: block.mixer_norm.weight[...]),
-        "mlp_norm": stacked(lambda block: block.mlp_norm.weight[...]),
         "read_taps": stacked(lambda block: block.mixer.read_taps[...]),
         "write_taps": stacked(lambda block: block.mixer.write_taps[...]),
     }
@@ -108,8 +145,13 @@ def shape_of(config: HoloConfig, rows: int, size: int, programs: int, **options:
     )
 
 
+def mail(shape: decode_shape.Shape) -> dict[str, Array]:
+    """Of the kernel for so many rows, before its first launch."""
+    return decode_stream.mail(shape) if shape.rows == 1 else {"mail": decode_rows_plan.mail(shape)}
+
+
 class Moving(NamedTuple):
-    """What a token changes: what is pending in all layers, and ``mail`` of ``decode_stream``.
+    """What a token changes: what is pending in all layers, and ``mail`` of the kernel over them.
 
     ``launch`` is how many launches of that kernel were before the group.
     """
@@ -175,17 +217,17 @@ def through(
     shape: decode_shape.Shape,
     weights: dict[str, Array],
     x: Array,
-    hidden: Float[Array, "1 e"],
+    hidden: Float[Array, "b e"],
     held: Held,
     moving: Moving,
-    numbers: Int[Array, "n 1"],
-) -> tuple[Float[Array, "1 e"], Moving]:
-    """One token of one row through all blocks; states stacked over layers.
+    numbers: Int[Array, "n b"],
+) -> tuple[Float[Array, "b e"], Moving]:
+    """One token a row through all blocks; states stacked over layers.
 
     Args:
       shape: see ``decode_shape.Shape``.
-      weights: of ``pack``.
-      x: the embedded token ``[1, e]`` in the storage dtype, or as words of ``decode_stream.run``.
+      weights: of ``pack`` for one row, of ``deal`` for more.
+      x: the embedded tokens ``[b, e]`` in the storage dtype, or one as words of ``decode_stream.run``.
       hidden: what this function returned for the last token that was read.
       held: as in ``heads``, of all layers.
       moving: see ``Moving``.
@@ -195,7 +237,8 @@ def through(
       The residual stream after the last block, or ``hidden``, and ``moving`` after the token.
     """
     pending, mail, launch = moving
-    found = decode_stream.run(
+    run = decode_stream.run if shape.rows == 1 else decode_rows.run
+    found = run(
         shape,
         {
             **weights,

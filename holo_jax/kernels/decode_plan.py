@@ -17,7 +17,7 @@ GROUPS = 2
 # Bytes that are copied at a time.
 PIECE = 1 << 14
 # What layouts of registers are made for: phasors and channels of a head; values of one head's maps at most.
-_PHASORS, _CHANNELS, _MAPS = 32, 64, 256
+PHASORS, CHANNELS, MAPS = 32, 64, 256
 # Shared memory that a program of an H100 can have, and what sums over warps and barriers take of it.
 _SHARED_BYTES = 232448
 _SCRATCH_BYTES = 3072
@@ -103,7 +103,7 @@ def room(shape: Shape, name: str) -> tuple[int, int, int, int]:
 
 def stage(shape: Shape) -> int:
     """Float32 numbers of shared memory in which a head is worked out."""
-    return _MAPS + 4 * shape.m + shape.d + 2 * shape.size
+    return MAPS + 4 * shape.m + shape.d + 2 * shape.size
 
 
 def share(shape: Shape) -> int:
@@ -132,10 +132,10 @@ def unsupported(shape: Shape, storage: Any) -> str | None:
         return f"storage is {jnp.dtype(storage)}; it must be bfloat16"
     if shape.rows != 1:
         return f"the batch has {shape.rows} rows; it must have one"
-    if (shape.m, shape.d) != (_PHASORS, _CHANNELS):
-        return f"a head has {shape.m} phasors and {shape.d} channels; it must have {_PHASORS} and {_CHANNELS}"
-    if plan(shape).per_head > _MAPS:
-        return f"the maps of a head have {plan(shape).per_head} values; it can have {_MAPS}"
+    if (shape.m, shape.d) != (PHASORS, CHANNELS):
+        return f"a head has {shape.m} phasors and {shape.d} channels; it must have {PHASORS} and {CHANNELS}"
+    if plan(shape).per_head > MAPS:
+        return f"the maps of a head have {plan(shape).per_head} values; it can have {MAPS}"
     for name in PRODUCTS:
         if depth(shape, name) % CHUNK:
             return (

@@ -16,6 +16,8 @@ from holo_jax.array_types import Array, Float, Int
 from holo_jax.kernels import decode_products
 
 _NO_ID = 2**31 - 1
+# Logits that a program looks at, where it does not make them.
+_LOGITS = 1024
 
 
 class Drawing(NamedTuple):
@@ -89,17 +91,10 @@ def scores(
             logits = sums.astype(dtype).astype(jnp.float32)
             here = (jnp.full_like(columns, row), columns)
             plgpu.store(results[0].at[here], logits, mask=columns < outputs)
-            found: Any = logits
-            if noise is not None:
-                temperature = jnp.full_like(found, plgpu.load(refs["temperature"].at[zero]))
-                found = _quotient(found, temperature, interpret) + noise
-            found = jnp.where(columns < jnp.minimum(allowed, outputs), found, -jnp.inf)
-            best = jnp.max(found, axis=0)
-            at = jnp.min(jnp.where(found == best, columns, _NO_ID), axis=0)
             # Columns past the end hold the last one's logits once more.
-            finite = jnp.min(jnp.where(jnp.abs(logits) < jnp.inf, 1, 0), axis=0)
+            best, at = _best(refs, logits, noise, columns, jnp.minimum(allowed, outputs), interpret)
             own = (row + zero, pl.program_id(0))
-            plgpu.store(results[1].at[own], jnp.where(finite != 0, best, jnp.nan))
+            plgpu.store(results[1].at[own], best)
             plgpu.store(results[2].at[own], at)
 
     logits, best, at = pl.pallas_call(
@@ -117,7 +112,60 @@ def scores(
     return logits, Scores(best, at)
 
 
-def _noise(refs: dict[str, Any], row: int, columns: Array) -> Array | None:
+def of_logits(
+    logits: Float[Array, "b v"], drawing: Drawing, numbers: Int[Array, "n b"], *, interpret: bool = False
+) -> Scores:
+    """Scores of logits that are there: of more rows, whose head's product is the compiler's.
+
+    Args:
+      logits: in float32.
+      drawing, numbers, interpret: as in ``scores``.
+    """
+    rows, outputs = logits.shape
+    programs = pl.cdiv(outputs, _LOGITS)
+    given = {"logits": logits, "numbers": numbers, **drawing._asdict()}
+
+    def kernel(refs: dict[str, Any], *results: Any) -> None:
+        program, row = pl.program_id(0), pl.program_id(1)
+        columns = program * _LOGITS + jax.lax.iota(jnp.int32, _LOGITS)
+        inside = jnp.minimum(columns, outputs - 1)
+        found = plgpu.load(refs["logits"].at[jnp.full_like(columns, row), inside])
+        allowed = jnp.minimum(plgpu.load(refs["allowed"].at[program * 0]), outputs)
+        best, at = _best(refs, found, _noise(refs, row, inside), columns, allowed, interpret)
+        plgpu.store(results[0].at[row, program], best)
+        plgpu.store(results[1].at[row, program], at)
+
+    return Scores(
+        *pl.pallas_call(
+            kernel,
+            out_shape=(
+                jax.ShapeDtypeStruct((rows, programs), jnp.float32),
+                jax.ShapeDtypeStruct((rows, programs), jnp.int32),
+            ),
+            grid=(programs, rows),
+            compiler_params=None if interpret else plgpu.CompilerParams(num_warps=4, num_stages=1),
+            interpret=interpret,
+            name="decode_scores",
+        )({name: array for name, array in given.items() if array is not None})
+    )
+
+
+def _best(
+    refs: dict[str, Any], logits: Any, noise: Array | None, columns: Array, allowed: Any, interpret: bool
+) -> tuple[Array, Array]:
+    """The highest score of some ids, not a number if a logit is not finite, and the lowest id that has it."""
+    found: Any = logits
+    if noise is not None:
+        temperature = jnp.full_like(found, plgpu.load(refs["temperature"].at[pl.program_id(0) * 0]))
+        found = _quotient(found, temperature, interpret) + noise
+    found = jnp.where(columns < allowed, found, -jnp.inf)
+    best = jnp.max(found, axis=0)
+    at = jnp.min(jnp.where(found == best, columns, _NO_ID), axis=0)
+    finite = jnp.min(jnp.where(jnp.abs(logits) < jnp.inf, 1, 0), axis=0)
+    return jnp.where(finite != 0, best, jnp.nan), at
+
+
+def _noise(refs: dict[str, Any], row: Any, columns: Array) -> Array | None:
     """Of a row's columns, for what follows the token."""
     if "noise" not in refs:
         return None

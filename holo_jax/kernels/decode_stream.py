@@ -25,7 +25,7 @@ from jax.experimental import pallas as pl
 from holo_jax.array_types import Array
 from holo_jax.kernels import decode_mail, decode_plan, mosaic
 from holo_jax.kernels.decode_mail import Rows
-from holo_jax.kernels.decode_memory import head, of_head
+from holo_jax.kernels.decode_memory import Exchange, Place, head, of_head
 from holo_jax.kernels.decode_plan import CHUNK, PRODUCTS
 from holo_jax.kernels.decode_shape import Shape
 from holo_jax.kernels.decode_worker import Refs, Worker, rounded, silu, turns
@@ -137,13 +137,22 @@ def compute(shape: Shape, refs: Refs) -> None:
             up, gate = values
             put("u", number)([rounded(silu(gate) * up)], rows)
 
+        def place(turn: int) -> Place:
+            return Place(layer, 0, worker.program + turn * shape.programs, worker.numbers)
+
         def small() -> list[Any]:
-            return [of_head(worker, layer, worker.program + n * shape.programs) for n in range(turns(shape))]
+            # Of the last head where there is none of this number.
+            own = [place(turn) for turn in range(turns(shape))]
+            return [of_head(worker, at._replace(head=jnp.minimum(at.head, shape.heads - 1))) for at in own]
+
+        def memory(turn: int, own: Any) -> None:
+            at = place(turn)
+            head(worker, at, refs["stage"], own, exchanged(worker, at, turn, number))
 
         loaded = worker.product("maps", "x", number, maps, put_maps, scale=scale, beside=small)
         for turn, own in enumerate(loaded):
             here = (worker.program + turn * shape.programs < shape.heads) & (worker.group == 0)
-            pl.when(here)(partial(head, worker, layer, turn, number, own))
+            pl.when(here)(partial(memory, turn, own))
 
         def put_stream(values: list[Array], rows: Rows) -> None:
             last = layer == shape.layers - 1
@@ -161,6 +170,35 @@ def compute(shape: Shape, refs: Refs) -> None:
         )
 
     jax.lax.fori_loop(0, shape.layers, body, norm("mixer_norm", jnp.int32(0)))
+
+
+def exchanged(worker: Worker, at: Place, turn: int, number: Array) -> Exchange:
+    """Of a head, by words and copies."""
+    plgpu = mosaic.pallas()
+
+    refs, layouts, interpret = worker.refs, worker.layouts, worker.interpret
+
+    def keys() -> Array:
+        for n in range(3):
+            plgpu.barrier_wait(refs["head_come"].at[3 * turn + n])
+        return worker.load(refs["keys_room"], layouts.lines)
+
+    def memory() -> tuple[Array, Array]:
+        found, bound = (worker.load(refs[f"{name}_room"], layouts.slabs) for name in ("memory", "written"))
+        plgpu.barrier_arrive(refs["head_free"])
+        return found, bound
+
+    def put(read: Array) -> None:
+        first = at.head * worker.shape.d
+        rows = Rows(first, first, first + worker.shape.d)
+        decode_mail.put(refs["z"], read, rows, number, layouts.lines.reduce(0), interpret=interpret)
+
+    def maps() -> Array:
+        return decode_mail.take_pairs(
+            refs["y"].at[at.head], worker.plan.per_head, number, interpret=interpret
+        )
+
+    return Exchange(maps, keys, memory, put)
 
 
 def decode_stream(shape: Shape, refs: Refs) -> None:

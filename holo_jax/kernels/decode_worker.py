@@ -77,7 +77,11 @@ class Worker:
         self.shape, self.refs, self.interpret = shape, refs, shape.interpret
         self.plan, self.layouts = decode_plan.plan(shape), layouts()
         self.group, self.program = jax.lax.axis_index("group"), jax.lax.axis_index("program")
-        self.numbers = Numbers(*(refs["numbers"][n, 0] for n in range(4)))
+        self.numbers = self.numbers_of(0)
+
+    def numbers_of(self, row: Any) -> Numbers:
+        """Of one row."""
+        return Numbers(*(self.refs["numbers"][n, row] for n in range(4)))
 
     def load(self, ref: Any, layout: Any) -> Array:
         """A block in a layout."""

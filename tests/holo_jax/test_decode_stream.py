@@ -86,7 +86,7 @@ def distances(config: HoloConfig, form: Form) -> tuple[list[float], list[float]]
 
         @jax.jit
         def run(model, packed, state, own=own, how=how):
-            fixed, moving = split_held(state.layers, 4, mail=room_for_mail(own, how))
+            fixed, moving = split_held(state.layers, 4, mail=room_for_mail(own, how, 1))
 
             def one(carry, given):
                 active = jnp.ones((1,), bool)

@@ -39,6 +39,7 @@ def test_the_rows_are_those_of_counts() -> None:
     assert Counts._fields == (*decode_choose.ROWS, "tokens")
 
 
+@pytest.mark.parametrize("dealt", [False, True], ids=["made", "given"])
 @pytest.mark.parametrize(
     ("temperature", "changes"),
     [
@@ -48,13 +49,20 @@ def test_the_rows_are_those_of_counts() -> None:
     ],
     ids=["drawn", "greedy", "limit"],
 )
-def test_the_next_token_is_the_portable_forms(temperature: float, changes: dict) -> None:
-    """Token, numbers and embedding; ids that are not allowed have the highest logits."""
+def test_the_next_token_is_the_portable_forms(
+    temperature: float, changes: dict, dealt: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token, numbers and embedding, of logits that the kernel makes or is given, in several programs."""
+    monkeypatch.setattr(decode_scores, "_LOGITS", 16)
+    changes = dict(changes)
     tied = {name: changes.pop(name) for name in list(changes) if name == "tie_embeddings"}
     config = small(num_hidden_layers=1, vocab_size=VOCABULARY, hidden_size=64, **tied)
     model = decoding_form(build(config))
-    form = Form(heads=True, products=True, drawn=True, interpret=jax.default_backend() != "gpu")
+    interpret = jax.default_backend() != "gpu"
+    form = Form(heads=True, products=True, drawn=True, interpret=interpret)
     packed = pack(model, form)
+    if dealt:
+        form, packed = Form(stacked=True, dealt=True, drawn=True, interpret=interpret), None
     hidden = jax.random.normal(jax.random.key(1), (ROWS, config.hidden_size))
     now, allowed = counts(**changes), jnp.int32(33)
     sampling = Sampling(temperature=temperature)

@@ -285,7 +285,7 @@ def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int) ->
 
         @jax.jit
         def run(model, packed, state, ids, form=form):
-            fixed, moving = split_held(state.layers, 8, mail=room_for_mail(config, form))
+            fixed, moving = split_held(state.layers, 8, mail=room_for_mail(config, form, 1))
 
             def one(moving, x):
                 active = jnp.ones((rows,), bool)

@@ -1,0 +1,162 @@
+"""One kernel over all layers for several rows: its shares, and tokens in Pallas' interpreter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from holo_jax.config import HoloConfig
+from holo_jax.generate import decoding_form, prefill, stack
+from holo_jax.generate.decoding import loop_state
+from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, step
+from holo_jax.kernels import decode_plan, decode_rows_plan, decode_shape
+from holo_jax.precision import FULL, MIXED
+from tests.holo_jax.models import build
+
+SMALL = dict(vocab_size=64, hidden_size=256, hd_dim=256, head_dim=64, phasors=32, mlp_ratio=1.5)
+
+
+def shape_of(rows: int = 16, programs: int = 132, **changes: object) -> decode_shape.Shape:
+    config = HoloConfig(num_hidden_layers=12, hidden_size=1024, hd_dim=1024, precision=MIXED)
+    return stack.shape_of(config, rows, 16, programs)._replace(**changes)
+
+
+@pytest.mark.parametrize("name", decode_plan.PRODUCTS)
+def test_dealt_weights_are_all_there(name: str) -> None:
+    """Every row of a weight is one program's, in an order that ``gathered`` takes back."""
+    shape = shape_of(programs=20, width=256, heads=4, hidden=512)
+    halves, outputs = 1 + (name == "up"), decode_plan.outputs(shape, name)
+    depth, own = decode_plan.depth(shape, name), decode_rows_plan.share(shape, name)
+    weight = np.random.default_rng(0).normal(size=(2, halves * outputs, depth)).astype(np.float32)
+    dealt = decode_rows_plan.dealt(shape, name, jnp.asarray(weight))
+    for program in range(shape.programs):
+        rows = np.asarray(decode_rows_plan.gathered(shape, name, dealt[1, program])).reshape(halves, own, -1)
+        first = program * own
+        here = max(0, min(own, outputs - first))
+        for half in range(halves):
+            begin = half * outputs + first
+            np.testing.assert_array_equal(rows[half, :here], weight[1, begin : begin + here])
+            np.testing.assert_array_equal(rows[half, here:], 0)
+    pieces = decode_rows_plan.copies(shape, name)
+    lines = [first + n for first, count in pieces for n in range(count)]
+    assert lines == list(range(decode_rows_plan.room(shape, name)[0]))
+
+
+def test_a_lane_finds_eight_columns() -> None:
+    """Of whole tiles and the last one: 16 bytes of lane ``4 row + q`` are columns from ``8 q``."""
+    shape = shape_of(programs=20, width=256, heads=4, hidden=512)
+    depth, rows = 256, decode_rows_plan.share(shape, "out")
+    weight = np.arange(256 * depth, dtype=np.float32).reshape(1, 256, depth)
+    flat = np.asarray(decode_rows_plan.dealt(shape, "out", jnp.asarray(weight)))[0, 2].reshape(-1)
+    for row in range(rows):
+        tile, within = divmod(row, 8)
+        size = decode_rows_plan.tiles(shape, "out")[tile]
+        for block, q in ((0, 0), (3, 2), (7, 3)):
+            at = tile * 8 * depth + ((block * size + within) * 4 + q) * 8
+            np.testing.assert_array_equal(
+                flat[at : at + 8], weight[0, 2 * rows + row, 32 * block + 8 * q :][:8]
+            )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (dict(rows=17), "the batch has 17 rows; it must have 2 to 16"),
+        (dict(rows=1), "the batch has 1 rows; it must have 2 to 16"),
+        (dict(m=64), "a head has 64 phasors and 64 channels; it must have 32 and 64"),
+        (dict(heads=20), "the batch has 320 heads; the kernel works out 264 at a time"),
+        (dict(hidden=2700), "the product down sums over 2700 columns; it must be a multiple of 256"),
+        (dict(hidden=3072), "a program's weights of a layer take 243712 bytes; it can hold 232448"),
+    ],
+    ids=["many", "one", "phasors", "heads", "columns", "memory"],
+)
+def test_what_it_refuses(changes: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reasons name the field, the value and the constraint."""
+    for module in (decode_rows_plan, decode_shape):
+        monkeypatch.setattr(module, "compute_capability", lambda: (9, 0))
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    assert decode_rows_plan.unsupported(shape_of(), jnp.bfloat16) is None
+    assert decode_rows_plan.unsupported(shape_of(**changes), jnp.bfloat16) == reason
+    assert decode_rows_plan.unsupported(shape_of(), jnp.float32) == "storage is float32; it must be bfloat16"
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    assert "must be 0.11 or newer" in str(decode_rows_plan.unsupported(shape_of(), jnp.bfloat16))
+
+
+def found_by(config: HoloConfig, form: Form, rows: int, steps: int) -> list[np.ndarray]:
+    """Logits and pending writes of tokens of which the second row reads all but one; positions differ."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, config.vocab_size, (rows, 5 + steps)).astype(np.int32)
+    prompts = [row[: 3 + n % 3] for n, row in enumerate(ids)]
+    model = decoding_form(build(config))
+    start = prefill(model, prompts)
+    active = np.ones((steps, rows), bool)
+    active[1, 1] = False
+
+    @jax.jit
+    def run(model, packed, state):
+        fixed, moving = split_held(state.layers, steps, mail=room_for_mail(config, form, rows))
+
+        def one(carry, given):
+            logits, carry = step(model, given[1], fixed, carry, given[0], given[2], None, form, packed)
+            return carry, logits
+
+        given = (jnp.arange(steps, dtype=jnp.int32), jnp.asarray(ids[:, 5:].T), jnp.asarray(active))
+        after, logits = jax.lax.scan(one, state._replace(layers=moving), given)
+        pending = after.layers.pending if form.stacked else _stacked(after.layers)
+        logits = jnp.where(given[2][:, :, None], logits, 0.0)
+        return (
+            logits,
+            pending.phases[:, :, : 3 + steps],
+            pending.keys[:, :, :, :steps],
+            pending.written[:, :, :, :steps],
+        )
+
+    with jax.default_matmul_precision("highest"):
+        found = run(model, pack(model, form), loop_state(config, start.state, form))
+    return [np.asarray(x, np.float64) for x in found]
+
+
+def _stacked(layers):
+    return jax.tree.map(lambda *x: jnp.stack(x), *(period[0] for period in layers))
+
+
+def distances(config: HoloConfig, form: Form, rows: int, steps: int = 3) -> list[tuple[float, float]]:
+    """From float32: of the portable form, and of ``form``."""
+    exact, portable, own = (
+        found_by(*how, rows, steps)
+        for how in ((config.replace(precision=FULL), Form()), (config, Form()), (config, form))
+    )
+    rms = lambda x, y: float(np.sqrt(np.mean((x - y) ** 2)))  # noqa: E731
+    return [(rms(x, z), rms(y, z)) for x, y, z in zip(portable, own, exact, strict=True)]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter came with jax 0.11")
+@pytest.mark.parametrize(
+    ("rows", "changes"),
+    [
+        (3, dict(num_hidden_layers=2)),
+        (9, dict(num_hidden_layers=1, erase=False, output_gate=False, retrieval_scale="sqrt_writes")),
+    ],
+    ids=["gated", "sum"],
+)
+def test_tokens_are_the_portable_forms(rows: int, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the portable form's own distance from float32, which is what roundings may cost."""
+    monkeypatch.setattr(decode_rows_plan, "PIECE", 1 << 17)  # one program copies all weights
+    config = HoloConfig(**SMALL, precision=MIXED, **changes)
+    for portable, own in distances(config, Form(stacked=True, dealt=True, interpret=True), rows):
+        assert own < 1.5 * portable + 1e-6
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+@pytest.mark.parametrize("rows", [2, 7, 16])
+def test_all_programs_together_are_the_portable_form(rows: int) -> None:
+    """Compiled, at the width that it is for; the same bits again."""
+    config = HoloConfig(vocab_size=64, hidden_size=1024, hd_dim=1024, num_hidden_layers=5, precision=MIXED)
+    programs = decode_shape.multiprocessors()
+    if reason := decode_rows_plan.unsupported(stack.shape_of(config, rows, 4, programs), jnp.bfloat16):
+        pytest.skip(reason)
+    form = Form(stacked=True, dealt=True, programs=programs)
+    for portable, own in distances(config, form, rows):
+        assert own < 1.25 * portable + 1e-6
+    for first, again in zip(*(found_by(config, form, rows, 3) for _ in range(2)), strict=True):
+        np.testing.assert_array_equal(first, again)
