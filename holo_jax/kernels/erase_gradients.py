@@ -54,10 +54,11 @@ class Gradients(NamedTuple):
 def gradients(
     queries: Float[Array, "b t h k"],
     keys: Float[Array, "b t h k"],
-    scaled: Float[Array, "b t h d"],
+    values: Float[Array, "b t h d"],
     gates: Float[Array, "b h t"],
     erase: Float[Array, "b h t"],
     *,
+    scaled: bool,
     cotangent: Float[Array, "b t h d"],
     inverse: Float[Array, "b h t c"],
     states: Float[Array, "b h n d k"],
@@ -70,8 +71,9 @@ def gradients(
 
     Args:
       queries, keys: bfloat16 or float16, ``k = d = 64``, t a multiple of 64.
-      scaled: ``g v / e`` in their dtype.
+      values: v in their dtype, or ``g v / e``.
       gates, erase: float32, positive.
+      scaled: whether values are the latter. Gradients are those of v and g in either case.
       cotangent: r, in their dtype.
       inverse: T of every chunk, in their dtype, ``c = 64``.
       states, of_states: S and D of every chunk, transposed, in their dtype.
@@ -82,7 +84,7 @@ def gradients(
     plgpu = mosaic.pallas()
     b, t, h, _ = keys.shape
     dtype = keys.dtype
-    early = dict(keys=keys, states=states, scaled=scaled, inverse=inverse, gates=gates, erase=erase)
+    early = dict(keys=keys, states=states, values=values, inverse=inverse, gates=gates, erase=erase)
     if runs is not None:
         early |= dict(rows=runs.number, columns=runs.number, enters=runs.enters, leaves=runs.leaves)
     late = dict(queries=queries, cotangent=cotangent, of_states=of_states)
@@ -128,7 +130,7 @@ def gradients(
             # 0, but not to the compiler, which would hold addresses and masks in registers over all chunks.
             none = jnp.where(own["erase"][0] < 0, 1, 0)
             rooms = {n: ref.at[group + none] for n, ref in held.items()}
-            _chunk(rooms, Gradients(**arrays), product, dtype, come[1], none)
+            _chunk(rooms, Gradients(**arrays), product, dtype, come[1], none, scaled)
 
             @pl.when(index + stride < count)
             def _next() -> None:
@@ -173,13 +175,13 @@ class _Place:
 
 
 def _chunk(
-    held: dict[str, Any], outs: Gradients, product: Products, dtype: Any, late: Any, none: Array
+    held: dict[str, Any], outs: Gradients, product: Products, dtype: Any, late: Any, none: Array, scaled: bool
 ) -> None:
     """One chunk of a head, from what its copies bring to what they take."""
     plgpu = mosaic.pallas()
     packed = "rows" in held
     keys, queries, cotangent, written = (held[n] for n in ("keys", "queries", "cotangent", "written"))
-    states, of_states, scaled, inverse = (held[n] for n in ("states", "of_states", "scaled", "inverse"))
+    states, of_states, values, inverse = (held[n] for n in ("states", "of_states", "values", "inverse"))
 
     def rows(name: str) -> Array:
         return along(held[name], 0)
@@ -202,7 +204,8 @@ def _chunk(
     read, overlaps = product.apart((keys, states.T), (keys, keys.T))
     if packed:
         read = read * rows("enters")
-    written[...] = ((load(scaled) - read) * rows("erase")).astype(dtype)
+    writing = load(values) * rows("erase" if scaled else "gates")
+    written[...] = (writing - read * rows("erase")).astype(dtype)
     plgpu.commit_smem()
     made = product(inverse, written)
     store(written, made)
@@ -223,10 +226,14 @@ def _chunk(
 
     # Values and gates.
     held["d_erase"][...] = -jnp.sum(d_written * read, axis=1)
-    share = jnp.sum(d_written * load(scaled), axis=1)
-    gate, strength = (plgpu.load(held[n], layout=plgpu.Layout.WGMMA.reduce(1)) for n in ("gates", "erase"))
-    held["d_gates"][...] = share * strength / jnp.maximum(gate, _LEAST)
-    scaled[...] = (d_written * rows("gates")).astype(dtype)
+    d_gates = jnp.sum(d_written * load(values), axis=1)
+    if scaled:
+        gate, strength = (
+            plgpu.load(held[n], layout=plgpu.Layout.WGMMA.reduce(1)) for n in ("gates", "erase")
+        )
+        d_gates = d_gates * strength / jnp.maximum(gate, _LEAST)
+    held["d_gates"][...] = d_gates
+    values[...] = (d_written * rows("gates")).astype(dtype)
 
     # Keys: those that read before they wrote, then those that were read by queries and wrote.
     erase = rows("erase")
@@ -238,7 +245,7 @@ def _chunk(
     reading = reading.astype(dtype)
     store(inverse, links)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(scaled, outs.values)
+    plgpu.copy_smem_to_gmem(values, outs.values)
     for room, out in (("d_gates", outs.gates), ("d_erase", outs.erase)):
         plgpu.copy_smem_to_gmem(held[room], out)
     scores, d_keys = product.apart((written, cotangent.T), (written, of_states))

@@ -1,11 +1,11 @@
 """The erase rule on Hopper for training: rows that begin from nothing, heads of 64 features and channels.
 
-Kernels of jax-linear-attention invert chunks and carry states forwards. The way back is by kernels of our
-own, without decay: gradients of states between chunks (``reverse_walk``), then all that lies inside chunks,
-by write and erase gates, not their quotient (``erase_gradients``). Few long rows are cut in pieces that are
-read at once, as in the package; what a piece does to the state before it is found by one program
-(``piece_maps``), where the package's kernel takes two of a multiprocessor each, and one kernel composes
-pieces (``piece_states``).
+jax-linear-attention inverts chunks; the rest is by kernels of our own, without decay and by write and erase
+gates, not their quotient: retrievals and states between chunks (``forward_walk``), gradients of those states
+(``reverse_walk``), and all that lies inside chunks on the way back (``erase_gradients``). Few long rows are
+cut in pieces that are read at once, as in the package; what a piece does to the state before it is found by
+one program (``piece_maps``), where the package's kernel takes two of a multiprocessor each, and one kernel
+composes pieces (``piece_states``). Packed rows are walked by the package's kernels.
 
 Source: https://github.com/jla-org/jax-linear-attention (Apache-2.0), version 0.1.0,
 ``ops/mosaic_gpu/scalar_gate.py``.
@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from holo_jax.array_types import Array
-from holo_jax.kernels import erase_gradients, hopper_stages, piece_maps, piece_states, reverse_walk
+from holo_jax.kernels import (
+    erase_gradients,
+    forward_walk,
+    hopper_stages,
+    piece_maps,
+    piece_states,
+    reverse_walk,
+)
 from holo_jax.kernels.call import SCALED_NAME, Call
 from holo_jax.kernels.chunk_tiles import WIDTH
 
@@ -53,51 +60,64 @@ def read(
 def _forward(
     queries: Array, keys: Array, values: Array, gates: Array, strength: Array, segment_ids: Array | None
 ) -> tuple[Array, Any]:
-    # All that going back needs of the values: so a block keeps it in place of them.
-    scaled = checkpoint_name(_scaled(values, gates / strength), SCALED_NAME)
-    x = hopper_stages.inputs((queries, keys, scaled, strength), segment_ids)
+    if segment_ids is not None:
+        # All that going back needs of the values: so a block keeps it in place of them.
+        values = checkpoint_name(_scaled(values, gates / strength), SCALED_NAME)
+    x = hopper_stages.inputs((queries, keys, values, strength), segment_ids)
     inverse = hopper_stages.inverses(x)
     maps = starts = None
-    if x.pieces > 1:
-        maps = piece_maps.transitions(x.keys, x.values, inverse, x.strength, pieces=x.pieces)
-        starts = _in_rows(piece_states.before(maps))
-    outputs = hopper_stages.outputs(x, inverse, starts)
-    saved = (queries, keys, scaled, gates, strength, segment_ids, inverse, maps, starts)
+    if segment_ids is None:
+        walked = _walked(x, inverse, gates)
+        if x.pieces > 1:
+            maps = piece_maps.transitions(*walked, pieces=x.pieces)
+            starts = _in_rows(piece_states.before(maps))
+        outputs = forward_walk.retrievals(*walked, x.queries, starts, pieces=x.pieces)
+    else:
+        outputs = hopper_stages.outputs(x, inverse, None)
+    saved = (queries, keys, values, gates, strength, segment_ids, inverse, maps, starts)
     return outputs[:, : values.shape[1]], saved
 
 
 def _backward(saved: Any, cotangent: Array) -> tuple[Array | None, ...]:
-    queries, keys, scaled, gates, strength, segment_ids, inverse, maps, starts = saved
-    x = hopper_stages.inputs((queries, keys, scaled, strength), segment_ids)
+    queries, keys, values, gates, strength, segment_ids, inverse, maps, starts = saved
+    x = hopper_stages.inputs((queries, keys, values, strength), segment_ids)
     cotangent = hopper_stages.padded(cotangent, x)
-    walked = (x.queries, x.keys, cotangent, inverse, x.strength)
-    ends = None
-    if x.pieces > 1:
-        terms = reverse_walk.terms(*walked, pieces=x.pieces)
-        ends = _in_rows(piece_states.after(maps, terms))
-    if x.segments is None:
-        of_states = reverse_walk.between(*walked, ends, pieces=x.pieces)
+    if segment_ids is None:
+        states = forward_walk.states(*_walked(x, inverse, gates), starts, pieces=x.pieces)
+        back = (x.queries, x.keys, cotangent, inverse, x.strength)
+        ends = None
+        if x.pieces > 1:
+            ends = _in_rows(piece_states.after(maps, reverse_walk.terms(*back, pieces=x.pieces)))
+        of_states = reverse_walk.between(*back, ends, pieces=x.pieces)
     else:
-        of_states, _ = hopper_stages.reverse(x, cotangent, inverse, ends)
+        states = hopper_stages.states(x, inverse, None)
+        of_states, _ = hopper_stages.reverse(x, cotangent, inverse, None)
     found = erase_gradients.gradients(
         x.queries,
         x.keys,
         x.values,
         hopper_stages.heads_first(gates, x),
         x.strength,
+        scaled=segment_ids is not None,
         cotangent=cotangent,
         inverse=inverse,
-        states=hopper_stages.states(x, inverse, starts),
+        states=states,
         of_states=of_states,
         runs=None if x.segments is None else erase_gradients.Runs(*x.segments),
         programs=hopper_stages.multiprocessors(),
     )
-    time = scaled.shape[1]
+    time = values.shape[1]
     wide = (g[:, :time] for g in (found.queries, found.keys, found.values))
     return *wide, *(jnp.swapaxes(g, 1, 2)[:, :time] for g in (found.gates, found.erase)), None
 
 
 read.defvjp(_forward, _backward)
+
+
+def _walked(
+    x: hopper_stages.Inputs, inverse: Array, gates: Array
+) -> tuple[Array, Array, Array, Array, Array]:
+    return x.keys, x.values, inverse, hopper_stages.heads_first(gates, x), x.strength
 
 
 def _scaled(values: Array, factors: Array) -> Array:

@@ -1,9 +1,9 @@
 """What a piece of a long row does to the state before it, under the erase rule (Pallas, Mosaic GPU).
 
-A chunk of 64 positions with features ``k`` of keys, values ``v``, strengths ``beta`` and ``T = (I + A)^-1``,
-``A_ij = beta_i (k_i . k_j)`` for ``j < i``, takes the transposed state ``S`` before it to
+A chunk of 64 positions with features ``k`` of keys, values ``v``, write gates ``g``, erase gates ``e`` and
+``T = (1 + diag(e) L)^-1``, ``L_ij = k_i . k_j`` for ``j < i``, takes the transposed state ``S`` before it to
 
-    S + (v^T - S k^T) diag(beta) (T^T k).
+    S + (v^T diag(g) - S k^T diag(e)) (T^T k).
 
 ``T^T k`` is made ahead, so that two products of 64 follow one another in a chunk. Products have 16-bit
 operands and float32 accumulators.
@@ -28,7 +28,8 @@ def transitions(
     keys: Float[Array, "b t h k"],
     values: Float[Array, "b t h d"],
     inverse: Float[Array, "b h t c"],
-    strength: Float[Array, "b h t"],
+    gates: Float[Array, "b h t"],
+    erase: Float[Array, "b h t"],
     *,
     pieces: int,
     interpret: Any = None,
@@ -38,32 +39,29 @@ def transitions(
     Args:
       keys, values: bfloat16 or float16, ``k = d = 64``, t a multiple of ``64 pieces``.
       inverse: ``T`` of every chunk, in their dtype, ``c = 64``.
-      strength: float32.
+      gates, erase: float32.
       pieces: of a row.
       interpret: parameters of Pallas' interpreter, or None.
     """
     b, t, h, _ = keys.shape
     walked = pieces - 1
-    walk = Walk(b, h, t // (CHUNK * pieces), walked, 0, 6, 2, 1, keys.dtype, interpret)
-    return walk.run(
-        _walk,
-        (keys, values, inverse, strength),
-        "piece_transitions",
-        jax.ShapeDtypeStruct((b * walked, h, 2 * WIDTH, WIDTH), jnp.float32),
-        {name: walk.room() for name in ("keys", "values", "inverse", "made")} | {"strength": walk.numbers()},
-        4,
-    ).reshape(b, walked, h, 2 * WIDTH, WIDTH)
+    walk = Walk(b, h, t // (CHUNK * pieces), walked, 0, 5, 2, 1, keys.dtype, interpret)
+    rooms = {name: walk.room() for name in ("keys", "values", "inverse", "made")}
+    rooms |= {name: walk.numbers() for name in ("gates", "erase")}
+    rooms["state"] = mosaic.pallas().SMEM((2, WIDTH, WIDTH), jnp.float32)
+    out = jax.ShapeDtypeStruct((b * walked, h, 2 * WIDTH, WIDTH), jnp.float32)
+    operands = (keys, values, inverse, gates, erase)
+    found = walk.run(_walk, operands, "piece_transitions", out, rooms, len(operands))
+    return found.reshape(b, walked, h, 2 * WIDTH, WIDTH)
 
 
 def _walk(form: Walk, refs: Any, held: Refs) -> None:
     plgpu = mosaic.pallas()
-    keys_ref, values_ref, inverse_ref, strength_ref, out_ref = refs
+    *given, out_ref = refs
     steps, dtype, product = form.steps, form.dtype, form.product
-    row, piece, index, head = form.place()
+    _, _, index, head = form.place()
     group = jax.lax.axis_index("group")
-    keys, values, inverse, made, strength = (
-        held[n] for n in ("keys", "values", "inverse", "made", "strength")
-    )
+    keys, values, inverse, made = (held[n] for n in ("keys", "values", "inverse", "made"))
 
     def walk(which: int, start: Array) -> None:
         """The increment (0) or the transition (1), which values do not reach."""
@@ -71,13 +69,9 @@ def _walk(form: Walk, refs: Any, held: Refs) -> None:
         def step(n: Array, state: Array) -> Array:
             slot = jax.lax.rem(n, form.stages)
             plgpu.barrier_wait(held["come"].at[slot])
-            factors = along(strength.at[slot], 1)
-            if which == 0:
-                value = load(values.at[slot].T)
-                missing = (value - product(state.astype(dtype), keys.at[slot].T)) * factors
-            else:
-                missing = -product(state.astype(dtype), keys.at[slot].T) * factors
-            missing = missing.astype(dtype)
+            value = load(values.at[slot].T) * along(held["gates"].at[slot], 1) if which == 0 else 0.0
+            known = product(state.astype(dtype), keys.at[slot].T)
+            missing = (value - known * along(held["erase"].at[slot], 1)).astype(dtype)
             plgpu.barrier_wait(held["made_come"].at[slot])
             state = product.added(state, (missing, made.at[slot]))
             plgpu.barrier_arrive(held["free"].at[slot])
@@ -111,12 +105,5 @@ def _walk(form: Walk, refs: Any, held: Refs) -> None:
     @pl.when(group == 3)
     def _copy() -> None:
         plgpu.set_max_registers(40, action="decrease")
-        form.copies(
-            held,
-            dict(
-                keys=lambda n: keys_ref.at[row, form.chunk(piece, n), head],
-                values=lambda n: values_ref.at[row, form.chunk(piece, n), head],
-                inverse=lambda n: inverse_ref.at[row, head, form.chunk(piece, n)],
-                strength=lambda n: strength_ref.at[row, head, form.chunk(piece, n)],
-            ),
-        )
+        names = ("keys", "values", "inverse", "gates", "erase")
+        form.copies(held, form.sources(dict(zip(names, given, strict=True))))

@@ -69,13 +69,16 @@ class Walk(NamedTuple):
         """``body(walk, refs, held)`` in every program; ``loaded`` operands come by chunks."""
         plgpu = mosaic.pallas()
         groups = self.walkers + self.makers + 1
-        rooms = rooms | dict(
-            state=plgpu.SMEM((self.walkers, WIDTH, WIDTH), jnp.float32),
-            come=plgpu.Barrier(num_arrivals=loaded, num_barriers=self.stages),
-            made_come=plgpu.Barrier(num_barriers=self.stages),
-            free=plgpu.Barrier(num_arrivals=self.walkers, num_barriers=self.stages),
-            start=plgpu.Barrier(),
-            done=plgpu.Barrier(num_arrivals=groups),
+        rooms = (
+            dict(
+                state=plgpu.SMEM((1, WIDTH, WIDTH), jnp.float32),
+                come=plgpu.Barrier(num_arrivals=loaded, num_barriers=self.stages),
+                made_come=plgpu.Barrier(num_barriers=self.stages),
+                free=plgpu.Barrier(num_arrivals=self.walkers, num_barriers=self.stages),
+                start=plgpu.Barrier(),
+                done=plgpu.Barrier(num_arrivals=groups),
+            )
+            | rooms
         )
 
         def run(*refs: Any, **held: Any) -> None:
@@ -101,6 +104,20 @@ class Walk(NamedTuple):
         index = jax.lax.axis_index("piece")
         row, piece = jax.lax.div(index, self.walked), jax.lax.rem(index, self.walked)
         return row, piece + self.skipped, index, jax.lax.axis_index("head")
+
+    def sources(self, arrays: Refs, *, reverse: bool = False) -> Refs:
+        """A program's chunk of each array, from the first of its piece on or from the last back."""
+        row, piece, _, head = self.place()
+
+        def source(name: str, ref: Any) -> Callable[[Any], Any]:
+            def chunk(n: Any) -> Any:
+                positions = self.chunk(piece, self.steps - 1 - n if reverse else n)
+                heads_last = len(ref.shape) == 4 and name != "inverse"
+                return ref.at[row, positions, head] if heads_last else ref.at[row, head, positions]
+
+            return chunk
+
+        return {name: source(name, ref) for name, ref in arrays.items()}
 
     def copies(self, held: Refs, sources: dict[str, Any]) -> None:
         """Asks for what every chunk needs as soon as its stage is free."""

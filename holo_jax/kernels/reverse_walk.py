@@ -155,17 +155,6 @@ def _walk(form: Walk, refs: Any, held: Refs) -> None:
     @pl.when(group == 3)
     def _copy() -> None:
         plgpu.set_max_registers(40, action="decrease")
-
-        def chunk(n: Any) -> Any:
-            return form.chunk(piece, steps - 1 - n)
-
-        form.copies(
-            held,
-            dict(
-                queries=lambda n: queries_ref.at[row, chunk(n), head],
-                keys=lambda n: keys_ref.at[row, chunk(n), head],
-                cotangent=lambda n: cotangent_ref.at[row, chunk(n), head],
-                inverse=lambda n: inverse_ref.at[row, head, chunk(n)],
-                strength=lambda n: strength_ref.at[row, head, chunk(n)],
-            ),
-        )
+        names = ("queries", "keys", "cotangent", "inverse", "strength")
+        given = (queries_ref, keys_ref, cotangent_ref, inverse_ref, strength_ref)
+        form.copies(held, form.sources(dict(zip(names, given, strict=True)), reverse=True))

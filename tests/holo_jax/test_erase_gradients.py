@@ -12,7 +12,7 @@ B, H, CHUNKS = 2, 2, 3
 T = CHUNKS * CHUNK
 
 
-def draw() -> dict[str, np.ndarray]:
+def draw(scaled: bool) -> dict[str, np.ndarray]:
     """Features of norm 1, values, a cotangent and gates, rounded to bfloat16 where the kernel reads that."""
     rng = np.random.default_rng(7)
 
@@ -27,8 +27,10 @@ def draw() -> dict[str, np.ndarray]:
     found["erase"] = (found["gates"] * rng.uniform(0.05, 0.95, size=(B, H, T))).astype(np.float32)
     found["erase"] = found["erase"].astype(np.float64)
     gates, erase = (np.swapaxes(found[n], 1, 2)[..., None] for n in ("gates", "erase"))
-    found["scaled"] = rounded(gates / erase * found.pop("values"))
-    return found | {"values": erase / gates * found["scaled"]}
+    if scaled:
+        found["scaled"] = rounded(gates / erase * found["values"])
+        found["values"] = erase / gates * found["scaled"]
+    return found
 
 
 def recurrence(x: dict[str, np.ndarray], begins: np.ndarray) -> dict[str, np.ndarray]:
@@ -67,9 +69,9 @@ def recurrence(x: dict[str, np.ndarray], begins: np.ndarray) -> dict[str, np.nda
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter came with jax 0.11")
-@pytest.mark.parametrize("packed", [False, True])
-def test_gradients_equal_the_recurrence(packed: bool) -> None:
-    x = draw()
+@pytest.mark.parametrize(("packed", "scaled"), [(False, False), (True, True)])
+def test_gradients_equal_the_recurrence(packed: bool, scaled: bool) -> None:
+    x = draw(scaled)
     begins = np.zeros((B, T), bool)
     if packed:
         begins[0, [37, 38, CHUNK, CHUNK + 50, 2 * CHUNK + 63]] = begins[1, CHUNK - 1] = True
@@ -88,8 +90,9 @@ def test_gradients_equal_the_recurrence(packed: bool) -> None:
         runs = erase_gradients.Runs(*(jnp.asarray(p.reshape(B, T), jnp.float32) for p in parts))
     narrow = lambda a: jnp.asarray(a, jnp.bfloat16)  # noqa: E731
     found = erase_gradients.gradients(
-        *(narrow(x[n]) for n in ("queries", "keys", "scaled")),
+        *(narrow(x[n]) for n in ("queries", "keys", "scaled" if scaled else "values")),
         *(jnp.asarray(x[n], jnp.float32) for n in ("gates", "erase")),
+        scaled=scaled,
         cotangent=narrow(x["cotangent"]),
         inverse=narrow(inverse),
         states=narrow(wanted["states"]),

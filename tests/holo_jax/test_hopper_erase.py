@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from holo_jax.functional import accumulate
-from holo_jax.kernels import hopper, hopper_erase, mosaic, piece_maps, piece_states, reverse_walk
+from holo_jax.kernels import (
+    forward_walk,
+    hopper,
+    hopper_erase,
+    mosaic,
+    piece_maps,
+    piece_states,
+    reverse_walk,
+)
 from holo_jax.kernels.call import Call
 from holo_jax.kernels.chunk_tiles import CHUNK, WIDTH
 
@@ -23,7 +31,8 @@ def draw(b: int, t: int, h: int) -> dict[str, np.ndarray]:
 
     found = {name: rounded(unit(rng.normal(size=(b, t, h, WIDTH)))) for name in ("queries", "keys")}
     found |= {name: rounded(rng.normal(size=(b, t, h, WIDTH))) for name in ("values", "cotangent")}
-    found["strength"] = rng.uniform(0.05, 0.95, size=(b, h, t)).astype(np.float32).astype(np.float64)
+    for name in ("gates", "strength"):
+        found[name] = rng.uniform(0.05, 0.95, size=(b, h, t)).astype(np.float32).astype(np.float64)
     chunks = np.moveaxis(found["keys"].reshape(b, -1, CHUNK, h, WIDTH), 3, 1)
     scores = found["strength"].reshape(*chunks.shape[:-1], 1) * (chunks @ np.swapaxes(chunks, -1, -2))
     inverse = np.linalg.inv(np.eye(CHUNK) + np.tril(scores, -1))
@@ -31,7 +40,7 @@ def draw(b: int, t: int, h: int) -> dict[str, np.ndarray]:
 
 
 def narrowed(x: dict[str, np.ndarray], *names: str) -> list[jax.Array]:
-    return [jnp.asarray(x[n], jnp.float32 if n == "strength" else jnp.bfloat16) for n in names]
+    return [jnp.asarray(x[n], jnp.float32 if n in ("gates", "strength") else jnp.bfloat16) for n in names]
 
 
 def error(found: jax.Array, wanted: np.ndarray) -> float:
@@ -55,7 +64,8 @@ def walked(x: dict[str, np.ndarray], pieces: int) -> tuple[np.ndarray, np.ndarra
         for n in at:
             key, strength = x["keys"][:, n], x["strength"][:, :, n]
             both = erased(both, key, strength)
-            both[..., WIDTH:] += strength[..., None, None] * key[..., :, None] * x["values"][:, n, :, None]
+            written = x["gates"][:, :, n, None] * x["values"][:, n]
+            both[..., WIDTH:] += key[..., :, None] * written[..., None, :]
         maps.append(np.swapaxes(both, -1, -2))
         gradient = np.zeros((b, h, WIDTH, WIDTH))
         for n in reversed(at):
@@ -72,11 +82,37 @@ def test_maps_equal_the_recurrence() -> None:
     x = draw(1, pieces * 8 * CHUNK, 2)
     maps, terms = walked(x, pieces)
     options = dict(pieces=pieces, interpret=mosaic.pallas().InterpretGPUParams())
-    found = piece_maps.transitions(*narrowed(x, "keys", "values", "inverse", "strength"), **options)
+    found = piece_maps.transitions(*narrowed(x, "keys", "values", "inverse", "gates", "strength"), **options)
     assert error(found[..., :WIDTH, :], maps[..., :WIDTH, :]) < 6e-3
     assert error(found[..., WIDTH:, :], maps[..., WIDTH:, :]) < 6e-3
     names = ("queries", "keys", "cotangent", "inverse", "strength")
     assert error(reverse_walk.terms(*narrowed(x, *names), **options), terms) < 6e-3
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter came with jax 0.11")
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_retrievals_and_states_equal_the_recurrence(pieces: int) -> None:
+    """Whole rows, and pieces of them from the states before them."""
+    x = draw(2, 10 * CHUNK, 1)
+    length = 10 * CHUNK // pieces
+    state = np.zeros((2, 1, WIDTH, WIDTH))
+    starts, before = [], []
+    wanted = np.zeros_like(x["values"])
+    for n in range(10 * CHUNK):
+        if n % length == 0:
+            starts.append(np.swapaxes(state, -1, -2))
+        if n % CHUNK == 0:
+            before.append(np.swapaxes(state, -1, -2))
+        state = erased(state, x["keys"][:, n], x["strength"][:, :, n])
+        written = x["gates"][:, :, n, None] * x["values"][:, n]
+        state = state + x["keys"][:, n, :, :, None] * written[..., None, :]
+        wanted[:, n] = (x["queries"][:, n, :, None, :] @ state)[..., 0, :]
+    given = narrowed(x, "keys", "values", "inverse", "gates", "strength", "queries")
+    held = jnp.asarray(np.stack(starts, 1).reshape(-1, 1, WIDTH, WIDTH), jnp.float32)
+    held = None if pieces == 1 else held
+    options = dict(pieces=pieces, interpret=mosaic.pallas().InterpretGPUParams())
+    assert error(forward_walk.retrievals(*given, held, **options), wanted) < 6e-3
+    assert error(forward_walk.states(*given[:-1], held, **options), np.stack(before, 2)) < 6e-3
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter came with jax 0.11")
