@@ -37,8 +37,6 @@ def unsupported(call: Call, *, final: bool) -> str | None:
         return "the state before or after rows is asked for"
     if (2 * m, d) != (WIDTH, WIDTH):
         return f"m is {m} and d is {d}; 2 m and d must be {WIDTH}"
-    if call.segment_ids is not None and hopper_stages.pieces(call.values) > 1:
-        return "pieces of packed rows are walked from the last beginning of a segment only"
     return None
 
 
@@ -73,7 +71,10 @@ def _forward(
             starts = _in_rows(piece_states.before(maps))
         outputs = forward_walk.retrievals(*walked, x.queries, starts, pieces=x.pieces)
     else:
-        outputs = hopper_stages.outputs(x, inverse, None)
+        if x.pieces > 1:
+            maps = hopper_stages.maps(x, inverse)
+            starts = _in_rows(piece_states.before(maps))
+        outputs = hopper_stages.outputs(x, inverse, starts)
     saved = (queries, keys, values, gates, strength, segment_ids, inverse, maps, starts)
     return outputs[:, : values.shape[1]], saved
 
@@ -82,16 +83,18 @@ def _backward(saved: Any, cotangent: Array) -> tuple[Array | None, ...]:
     queries, keys, values, gates, strength, segment_ids, inverse, maps, starts = saved
     x = hopper_stages.inputs((queries, keys, values, strength), segment_ids)
     cotangent = hopper_stages.padded(cotangent, x)
+    ends = None
     if segment_ids is None:
         states = forward_walk.states(*_walked(x, inverse, gates), starts, pieces=x.pieces)
         back = (x.queries, x.keys, cotangent, inverse, x.strength)
-        ends = None
         if x.pieces > 1:
             ends = _in_rows(piece_states.after(maps, reverse_walk.terms(*back, pieces=x.pieces)))
         of_states = reverse_walk.between(*back, ends, pieces=x.pieces)
     else:
-        states = hopper_stages.states(x, inverse, None)
-        of_states, _ = hopper_stages.reverse(x, cotangent, inverse, None)
+        states = hopper_stages.states(x, inverse, starts)
+        if x.pieces > 1:
+            ends = _in_rows(piece_states.after(maps, hopper_stages.reverse_terms(x, cotangent, inverse)))
+        of_states, _ = hopper_stages.reverse(x, cotangent, inverse, ends)
     found = erase_gradients.gradients(
         x.queries,
         x.keys,

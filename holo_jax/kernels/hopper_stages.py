@@ -92,6 +92,29 @@ def inverses(x: Inputs) -> Array:
     return gated_delta_rule_kernels.kkt_fwd(x.keys, x.strength, seg=x.segments, interpret=None)
 
 
+def maps(x: Inputs, inverse: Array) -> Array:
+    """``[A^T; B^T]`` of every piece of packed rows but a row's last, walked from its last segment on.
+
+    ``[b, pieces - 1, h, k + d, k]`` float32; transitions of a row's first piece are left out (0).
+    """
+    from jla.ops.mosaic_gpu import scalar_gate_docs
+
+    found = scalar_gate_docs.map_fwd_wy(
+        x.keys, x.values, inverse, *x.vectors, **x.places, need_last=False, need_first=False
+    )
+    return found.reshape(-1, x.pieces, *found.shape[1:])[:, :-1]
+
+
+def reverse_terms(x: Inputs, cotangent: Array, inverse: Array) -> Array:
+    """Gradient of the state before every piece of packed rows but a row's first, from nothing behind it."""
+    from jla.ops.mosaic_gpu import scalar_gate_docs
+
+    found = scalar_gate_docs.map_bwd_wy(
+        x.queries, x.keys, cotangent, inverse, *x.vectors, **x.places, scale=1.0
+    )
+    return found.reshape(-1, x.pieces, *found.shape[1:])[:, 1:]
+
+
 def outputs(x: Inputs, inverse: Array, starts: Array | None) -> Array:
     """``[b, padded t, h, d]`` from the states before pieces; None is nothing."""
     from jla.ops.mosaic_gpu import scalar_gate_fused

@@ -160,8 +160,7 @@ def test_pieces_are_composed_in_their_order(pieces: int) -> None:
     )
 
 
-def test_what_is_left_to_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("holo_jax.kernels.hopper_stages.pieces", lambda values: 4)
+def test_what_is_left_to_the_package() -> None:
     phases = jax.ShapeDtypeStruct((2, 16384, 14, 32), jnp.float32)
     gates = jax.ShapeDtypeStruct((2, 16384, 14), jnp.float32)
     values = jax.ShapeDtypeStruct((2, 16384, 14, 64), jnp.bfloat16)
@@ -169,16 +168,14 @@ def test_what_is_left_to_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     assert hopper_erase.unsupported(call, final=False) is None
     assert "state" in (hopper_erase.unsupported(call, final=True) or "")
     packed = call._replace(segment_ids=jnp.zeros((2, 16384), jnp.int32))
-    assert "packed" in (hopper_erase.unsupported(packed, final=False) or "")
+    assert hopper_erase.unsupported(packed, final=False) is None
     wide = call._replace(values=jax.ShapeDtypeStruct((2, 16384, 14, 128), jnp.bfloat16))
     assert "d is 128" in (hopper_erase.unsupported(wide, final=False) or "")
-    monkeypatch.setattr("holo_jax.kernels.hopper_stages.pieces", lambda values: 1)
-    assert hopper_erase.unsupported(packed, final=False) is None
 
 
 @pytest.mark.skipif(hopper.missing() is not None, reason=f"needs Hopper's kernels: {hopper.missing()}")
 @pytest.mark.parametrize(
-    ("time", "packed"), [(63, False), (700, True), (1000, False), (2113, False), (4161, False)]
+    ("time", "packed"), [(63, False), (700, True), (1000, False), (2113, False), (2113, True), (4161, False)]
 )
 def test_rows_on_a_gpu_equal_the_definition(time: int, packed: bool) -> None:
     """Values and gradients, no further off than by the package's own form; the erase gate's much less."""
@@ -188,7 +185,7 @@ def test_rows_on_a_gpu_equal_the_definition(time: int, packed: bool) -> None:
     gates = jax.nn.sigmoid(jax.random.normal(keys[3], (2, time, 2)))
     erase = gates * jax.nn.sigmoid(jax.random.normal(keys[4], (2, time, 2)) - 1)
     weights = jax.random.normal(keys[5], values.shape)
-    ids = jnp.cumsum(jax.random.bernoulli(keys[6], 0.02, (2, time)), 1).astype(jnp.int32) if packed else None
+    ids = jnp.cumsum(jax.random.bernoulli(keys[6], 0.004, (2, time)), 1).astype(jnp.int32) if packed else None
 
     def exact(*inputs):
         return accumulate(*inputs, binding="outer", segment_ids=ids)[0]
