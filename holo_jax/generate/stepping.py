@@ -22,7 +22,14 @@ from holo_jax.generate.pending import (
     supported,
 )
 from holo_jax.generate.reading import next_logits
-from holo_jax.kernels import decode_gate, decode_plan, decode_products, decode_rows_plan, decode_shape
+from holo_jax.kernels import (
+    capability,
+    decode_gate,
+    decode_plan,
+    decode_products,
+    decode_rows_plan,
+    decode_shape,
+)
 from holo_jax.layers import embedding_std, lookup, project
 from holo_jax.mixers import Context
 from holo_jax.model import HoloForCausalLM, ModelState
@@ -71,7 +78,7 @@ def choose(config: HoloConfig, rows: int) -> Form:
     """The fastest form for this model, batch and device, with a state in float32."""
     if not supported(config):
         return PORTABLE
-    programs = max(decode_shape.multiprocessors(), 1)
+    programs = max(capability.multiprocessors(), 1)
     shape = stack.shape_of(config, rows, GROUP, programs)
     every = config.mlp == "swiglu" and config.norm == "rmsnorm" and not config.anchor_every
     heads = decode_shape.unsupported_heads(shape) is None

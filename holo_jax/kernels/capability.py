@@ -75,6 +75,12 @@ def compute_capability() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
+def multiprocessors() -> int:
+    """Of the device that a computation traced now will run on; 0 where it does not say."""
+    card = told()
+    return int(getattr(target_device(), "core_count", 0) or 0) if card is None else card.multiprocessors
+
+
 def installed_version(module: str, distribution: str) -> str | None:
     """Version of an importable distribution, or None."""
     if util.find_spec(module) is None:

@@ -4,8 +4,7 @@ from typing import NamedTuple
 
 import jax
 
-from holo_jax.kernels.capability import compute_capability, target_device
-from holo_jax.target import told
+from holo_jax.kernels.capability import compute_capability
 
 
 class Shape(NamedTuple):
@@ -75,9 +74,3 @@ def unsupported_heads(shape: Shape) -> str | None:
     if not jax.sharding.get_abstract_mesh().empty:
         return "the computation is on a mesh; it must be on one device"
     return None
-
-
-def multiprocessors() -> int:
-    """Of the device that a computation traced now will run on; 0 where it does not say."""
-    card = told()
-    return int(getattr(target_device(), "core_count", 0) or 0) if card is None else card.multiprocessors

@@ -8,6 +8,7 @@ tokens is our own: it sums the gradient of the weights in their own layout, whic
 Source: https://github.com/jla-org/jax-linear-attention (Apache-2.0), version 0.1.0.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -21,10 +22,11 @@ from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
 from holo_jax.kernels import hopper
 from holo_jax.kernels.block import uses
 from holo_jax.kernels.capability import partitioned
+from holo_jax.kernels.logit_exponentials import COLUMNS, DEPTH, ROWS, exponentials
 from holo_jax.ordered_sums import sums_alone
 from holo_jax.parallel import DATA, layout, parameter_layout, sharded, tensor_axis, whole
 
-_DEPTH = 64
+_LEAD = 86
 
 
 def unsupported(hidden: Array, weights: Array, logits_dtype: str) -> str | None:
@@ -32,13 +34,13 @@ def unsupported(hidden: Array, weights: Array, logits_dtype: str) -> str | None:
     reason = hopper.missing()
     if reason is not None:
         return reason
-    if hidden.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"hidden has dtype {hidden.dtype}; it must be bfloat16 or float16"
+    if hidden.dtype != jnp.bfloat16:
+        return f"hidden has dtype {hidden.dtype}; it must be bfloat16"
     if jnp.dtype(logits_dtype) != jnp.float32:
         return f"logits_dtype is {logits_dtype}; it must be float32"
     width, vocabulary = weights.shape
-    if width % _DEPTH or vocabulary > 2**24:
-        return f"weights has shape {weights.shape}; it must be a multiple of {_DEPTH} by at most 2^24"
+    if width % DEPTH or vocabulary > 2**24:
+        return f"weights has shape {weights.shape}; it must be a multiple of {DEPTH} by at most 2^24"
     if tensor_axis() is not None:
         return "the vocabulary is divided over devices"
     if partitioned():
@@ -106,34 +108,53 @@ def _summed(hidden: Array, weights: Array, targets: Array, chunk: int) -> Array:
 
 
 def _summed_forward(hidden: Array, weights: Array, targets: Array, chunk: int) -> tuple[Array, Any]:
-    from jla.ops.mosaic_gpu import linear_cross_entropy as kernels
-
     n, v = hidden.shape[0], weights.shape[1]
-    hidden = jnp.pad(hidden, ((0, -n % kernels.ROW_ALIGN), (0, 0)))
-    targets = jnp.pad(targets, (0, -n % kernels.ROW_ALIGN), constant_values=IGNORE)
-    table = jnp.pad(weights.astype(hidden.dtype).T, ((0, -v % kernels.VOCAB_ALIGN), (0, 0)))
-    step = min(chunk + -chunk % kernels.ROW_ALIGN, hidden.shape[0])
+    hidden = jnp.pad(hidden, ((0, -n % ROWS), (0, 0)))
+    targets = jnp.pad(targets, (0, -n % ROWS), constant_values=IGNORE)
+    table = jnp.pad(weights.astype(hidden.dtype).T, ((0, -v % COLUMNS), (0, 0)))
+    counted = targets != IGNORE
+    targets = jnp.where(counted, targets, 0).astype(jnp.int32)
+    reference = _references(hidden, table, targets, counted)
+    step = min(chunk + -chunk % ROWS, hidden.shape[0])
     total, d_weights = jnp.zeros((), jnp.float32), None
     d_hidden: list[Array] = []
+    shares: list[Array] = []
     for start in range(0, hidden.shape[0], step):
         if d_hidden:
             # Chunks do not depend on each other; the gradient of one's logits is to be alive at a time.
             hidden, d_weights, d_hidden[-1] = lax.optimization_barrier((hidden, d_weights, d_hidden[-1]))
-        rows, own = hidden[start : start + step], targets[start : start + step]
-        counted = own != IGNORE
-        arguments = rows, table, jnp.where(counted, own, 0), counted
-        losses, _, d_logits, _ = kernels._chunk_gradient(*arguments, 0.0, v, 0.0)
-        total += jnp.sum(jnp.where(counted, losses, 0.0))
-        d_hidden.append(jnp.matmul(d_logits, table, preferred_element_type=jnp.float32))
-        part = lax.dot_general(rows, d_logits, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        rows, own, over = (x[start : start + step] for x in (hidden, targets, reference))
+        found, sums = exponentials(rows, table, over, own, vocabulary=v)
+        others = jnp.sum(sums, axis=0)
+        total += jnp.sum(jnp.logaddexp(jnp.log(others) + _LEAD * math.log(2), 0.0))
+        # An ignored row's exponentials are all 0, and so is what its target is set to.
+        found = found.at[jnp.arange(own.size), own].set(
+            -others.astype(found.dtype),
+            unique_indices=True,
+            indices_are_sorted=True,
+            mode="promise_in_bounds",
+        )
+        shares.append(1.0 / (others + 2.0**-_LEAD))
+        scaled = (rows.astype(jnp.float32) * shares[-1][:, None]).astype(rows.dtype)
+        d_hidden.append(jnp.matmul(found, table, preferred_element_type=jnp.float32))
+        part = lax.dot_general(scaled, found, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         d_weights = part if d_weights is None else d_weights + part
     assert d_weights is not None
     dtypes = (jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), weights.dtype))
-    return total, (jnp.concatenate(d_hidden)[:n], d_weights[:, :v], dtypes)
+    rows = jnp.concatenate(d_hidden)[:n], jnp.concatenate(shares)[:n]
+    return total, (*rows, d_weights[:, :v], dtypes)
+
+
+def _references(hidden: Array, table: Array, targets: Array, counted: Array) -> Array:
+    """Of rows ``[n]``, in powers of two: target logits and ``_LEAD``; the end of float32 where ignored."""
+    own = table.at[targets].get(mode="promise_in_bounds")
+    logits = jnp.sum(hidden.astype(jnp.float32) * own.astype(jnp.float32), axis=1)
+    return jnp.where(counted, logits * math.log2(math.e) + _LEAD, jnp.finfo(jnp.float32).max)
 
 
 def _summed_backward(chunk: int, saved: Any, cotangent: Array) -> tuple[Array, Array, None]:
-    *gradients, dtypes = saved
+    d_hidden, shares, d_weights, dtypes = saved
+    gradients = d_hidden * shares[:, None], d_weights
     scaled = ((g * cotangent).astype(like.dtype) for g, like in zip(gradients, dtypes, strict=True))
     return *scaled, None  # type: ignore[return-value]
 

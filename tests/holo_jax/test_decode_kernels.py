@@ -8,6 +8,7 @@ import pytest
 from holo_jax.functional.memory.state import compensated_add
 from holo_jax.generate import stepping
 from holo_jax.kernels import (
+    capability,
     decode_gate,
     decode_join,
     decode_plan,
@@ -100,7 +101,7 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     wide = narrow.replace(hidden_size=2048, hd_dim=2048)
     assert stepping.choose(wide, 1) == stepping.PORTABLE
     monkeypatch.setattr(decode_shape, "compute_capability", lambda: (9, 0))
-    monkeypatch.setattr(decode_shape, "multiprocessors", lambda: 132)
+    monkeypatch.setattr(capability, "multiprocessors", lambda: 132)
     products, heads = stepping.Form(heads=True, products=True), stepping.Form(heads=True)
     folded = heads._replace(folded=True)
     assert stepping.choose(wide, 1) == products

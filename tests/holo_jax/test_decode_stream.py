@@ -9,7 +9,7 @@ from holo_jax.config import HoloConfig
 from holo_jax.generate import decoding_form, prefill, stack
 from holo_jax.generate.decoding import loop_state
 from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, step
-from holo_jax.kernels import decode_mail, decode_plan, decode_shape
+from holo_jax.kernels import capability, decode_mail, decode_plan, decode_shape
 from holo_jax.precision import FULL, MIXED
 from tests.holo_jax.models import build
 
@@ -137,7 +137,7 @@ def test_a_token_is_the_portable_forms(changes: dict, monkeypatch: pytest.Monkey
 def test_all_programs_together_are_the_portable_form() -> None:
     """Compiled, at the width that it is for."""
     config = HoloConfig(vocab_size=64, hidden_size=1024, hd_dim=1024, num_hidden_layers=3, precision=MIXED)
-    programs = decode_shape.multiprocessors()
+    programs = capability.multiprocessors()
     if reason := decode_plan.unsupported(stack.shape_of(config, 1, 4, programs), jnp.bfloat16):
         pytest.skip(reason)
     portable, streamed = distances(config, Form(stacked=True, programs=programs))

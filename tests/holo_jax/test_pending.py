@@ -18,12 +18,12 @@ from holo_jax.generate.forms import is_split, owned
 from holo_jax.generate.pending import Token
 from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, step
 from holo_jax.kernels import (
+    capability,
     decode_choose,
     decode_gate,
     decode_plan,
     decode_products,
     decode_scores,
-    decode_shape,
 )
 from holo_jax.mixers import MemoryMixerState
 from holo_jax.model import HoloForCausalLM
@@ -273,7 +273,7 @@ def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int) ->
     ids = np.random.default_rng(0).integers(0, 512, (rows, 12)).astype(np.int32)
     full = np.asarray(jax.jit(lambda model, ids: model(ids).logits)(wide, ids), np.float64)[:, 4:]
     start = prefill(model, ids[:, :4])
-    programs = decode_shape.multiprocessors()
+    programs = capability.multiprocessors()
     distance = {}
     forms = {"portable": Form(), "heads": Form(heads=True), "folded": Form(heads=True, folded=True)}
     if rows <= decode_products.MAX_ROWS:

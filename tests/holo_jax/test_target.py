@@ -10,7 +10,7 @@ import pytest
 from eval.speed_parts.models import Size, model_config
 from holo_jax import kernels
 from holo_jax.functional.stacks import splits_stacks
-from holo_jax.kernels import decode_shape, hopper
+from holo_jax.kernels import capability, hopper
 from holo_jax.kernels.capability import compute_capability, installed_version, partitioned, planned_for
 from holo_jax.mixers.attention_shapes import attention_shapes
 from holo_jax.target import Card, platform, told
@@ -74,7 +74,7 @@ def test_what_is_told_holds_inside_and_in_its_thread_alone() -> None:
     before = seen()
     with planned_for(HOPPER):
         assert seen()[:4] == (HOPPER, "gpu", (9, 0), True)
-        assert decode_shape.multiprocessors() == 132
+        assert capability.multiprocessors() == 132
         assert not partitioned()
         with planned_for(AMPERE):
             assert seen()[:3] == (AMPERE, "gpu", (8, 0))
