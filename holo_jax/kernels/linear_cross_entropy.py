@@ -1,11 +1,17 @@
 """The loss of an output projection: in chunks of plain JAX, or with its logits kept on chip on Hopper.
 
-The kernels of jax-linear-attention reduce each tile of float32 logits to maximum and sum in the epilogue of
-the product and store ``exp(logit - maximum of the tile)`` in float16, from which one pass forms the gradient
-that the two products of the backward pass read; no float32 logits reach memory. The walk over chunks of
-tokens is our own: it sums the gradient of the weights in their own layout, which the optimizer reads.
+No logits reach memory. ``logit_exponentials`` writes ``E_ij = exp(l_ij - r_i)`` of a chunk's logits ``l`` in
+bfloat16, with ``r`` the target's logit and ``_LEAD`` powers of two: never far above a row's normalizer. With
+``o_i`` the sum of row i, which lacks its target's column, and ``s_i = 1 / (o_i + 2^-_LEAD)``
 
-Source: https://github.com/jla-org/jax-linear-attention (Apache-2.0), version 0.1.0.
+    loss_i = log(1 + 2^_LEAD o_i),    d_logits = s_i E_ij,    E_i,t_i set to -o_i;
+
+so E is the gradient but for a factor of a row, which is applied to the result of one product of the backward
+pass and to the hidden states that the other reads. A confident token's gradient is a sum, not a difference.
+Where a token's loss exceeds 148 nats E overflows: the loss is infinite then, and gradients not finite.
+
+Without gradients a kernel of jax-linear-attention (Apache-2.0, version 0.1.0,
+https://github.com/jla-org/jax-linear-attention) finds maximum and sum of each tile, whatever their range.
 """
 
 import math
@@ -26,6 +32,7 @@ from holo_jax.kernels.logit_exponentials import COLUMNS, DEPTH, ROWS, exponentia
 from holo_jax.ordered_sums import sums_alone
 from holo_jax.parallel import DATA, layout, parameter_layout, sharded, tensor_axis, whole
 
+# Exponentials reach from 2^-126 to 2^127: under the normalizer of a certain token 40 powers are left.
 _LEAD = 86
 
 
@@ -90,7 +97,10 @@ def linear_cross_entropy(
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _summed(hidden: Array, weights: Array, targets: Array, chunk: int) -> Array:
-    """Summed nats of rows ``[n, e]`` by the kernels; the gradient is formed on the way forward."""
+    """Summed nats of rows ``[n, e]`` by the kernels; the gradient is formed on the way forward.
+
+    Differentiated, it is infinite where a token's loss exceeds 148 nats.
+    """
     from jla.ops.mosaic_gpu.linear_cross_entropy import objective_sums
 
     counted = targets != IGNORE
@@ -127,7 +137,7 @@ def _summed_forward(hidden: Array, weights: Array, targets: Array, chunk: int) -
         found, sums = exponentials(rows, table, over, own, vocabulary=v)
         others = jnp.sum(sums, axis=0)
         total += jnp.sum(jnp.logaddexp(jnp.log(others) + _LEAD * math.log(2), 0.0))
-        # An ignored row's exponentials are all 0, and so is what its target is set to.
+        # Written where it lies. An ignored row's exponentials are all 0, and so is what its target is set to.
         found = found.at[jnp.arange(own.size), own].set(
             -others.astype(found.dtype),
             unique_indices=True,
@@ -141,8 +151,8 @@ def _summed_forward(hidden: Array, weights: Array, targets: Array, chunk: int) -
         d_weights = part if d_weights is None else d_weights + part
     assert d_weights is not None
     dtypes = (jnp.zeros((0,), hidden.dtype), jnp.zeros((0,), weights.dtype))
-    rows = jnp.concatenate(d_hidden)[:n], jnp.concatenate(shares)[:n]
-    return total, (*rows, d_weights[:, :v], dtypes)
+    of_rows = (jnp.concatenate(parts)[:n] for parts in (d_hidden, shares))
+    return total, (*of_rows, d_weights[:, :v], dtypes)
 
 
 def _references(hidden: Array, table: Array, targets: Array, counted: Array) -> Array:

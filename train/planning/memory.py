@@ -115,8 +115,9 @@ def estimate_memory(
     kept = _kept(shard, rows, length, packed, divided, card)
     width, vocab = shard.hidden_size, shard.vocab_size
     storage, wide = _itemsize(model.precision.storage), _itemsize(model.precision.logits)
-    if _loss_by_kernel(shard, divided, card):
-        wide = storage  # exponentials in 16 bits stand for the logits
+    by_kernel = _loss_by_kernel(shard, divided, card)
+    if by_kernel:
+        wide = storage
     chunk = rows * min(length, max(1, model.loss_chunk // rows))
     period = sum(_bytes(leaf) for leaf in _blocks(functions.shapes)) // model.num_periods // tensor
     # Weights that stay gathered are among what is kept.
@@ -132,7 +133,8 @@ def estimate_memory(
         kept=kept,
         working=max(0, traced - params - kept - gathered),
         gathered=gathered,
-        logits=chunk * vocab * (wide + storage) + width * vocab * (wide + storage),
+        # The kernel's exponentials stand for the logits and are their gradient.
+        logits=chunk * vocab * (storage if by_kernel else wide + storage) + width * vocab * (wide + storage),
         update=_update(config, functions.shapes, params_at),
         traced=traced,
     )
@@ -213,7 +215,7 @@ def _loss(
 
 
 def _loss_by_kernel(config: HoloConfig, divided: _Divided, card: Card | None) -> bool:
-    """Whether a kernel computes the loss; it stores exponentials in 16 bits in place of wide logits."""
+    """Whether a kernel computes the loss; it stores 16-bit exponentials in place of logits and gradient."""
     if card is None or divided.tensor > 1 or not uses(config.products_backend, "products"):
         return False
     rows: Any = jax.ShapeDtypeStruct((1, 1, config.hidden_size), jnp.dtype(config.precision.storage))
