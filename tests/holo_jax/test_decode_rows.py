@@ -9,7 +9,7 @@ from holo_jax.config import HoloConfig
 from holo_jax.generate import decoding_form, prefill, stack
 from holo_jax.generate.decoding import loop_state
 from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, step
-from holo_jax.kernels import decode_plan, decode_rows_plan, decode_shape
+from holo_jax.kernels import capability, decode_plan, decode_rows_plan, decode_shape
 from holo_jax.precision import FULL, MIXED
 from tests.holo_jax.models import build
 
@@ -152,7 +152,7 @@ def test_tokens_are_the_portable_forms(rows: int, changes: dict, monkeypatch: py
 def test_all_programs_together_are_the_portable_form(rows: int) -> None:
     """Compiled, at the width that it is for; the same bits again."""
     config = HoloConfig(vocab_size=64, hidden_size=1024, hd_dim=1024, num_hidden_layers=5, precision=MIXED)
-    programs = decode_shape.multiprocessors()
+    programs = capability.multiprocessors()
     if reason := decode_rows_plan.unsupported(stack.shape_of(config, rows, 4, programs), jnp.bfloat16):
         pytest.skip(reason)
     form = Form(stacked=True, dealt=True, programs=programs)
