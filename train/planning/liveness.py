@@ -1,205 +1,128 @@
-"""The most bytes that a traced function holds at one time beside its arguments, run in the order traced.
+"""The most bytes that a traced function holds at one time beside its arguments.
 
-Calls are taken apart, as the compiler does. Element-wise steps and changes of form are taken to be fused into
-what reads them, sums included: written to memory is only what a product, a kernel, a sum or a loop makes,
-what products, kernels and loops read, what several steps read, and the result. Updates of a slice, and what a
-loop carries, happen in place; reshaped arrays are the same.
+Element-wise steps and changes of form are taken to be fused into what reads them, sums included: written to
+memory is only what a product, a kernel, a sum or a loop makes, what products, kernels and loops read, what
+several steps read, and the result; ``train.planning.steps`` says which arrays are one. On GPUs steps run in
+the order of ``train.planning.overlap``, elsewhere as traced. Arrays are placed as the compiler places them
+(``train.planning.packing``).
 """
 
 import collections
-import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import Jaxpr
 
-_LOOPS = frozenset(("scan", "while", "cond"))
-# Their operands are read from memory, their results written to it.
-_STORED = _LOOPS | frozenset(
-    (
-        "dot_general",
-        "conv_general_dilated",
-        "triangular_solve",
-        "sort",
-        "scatter",
-        "scatter-add",
-        "cumsum",
-        "cummax",
-        "cumlogsumexp",
-        "all_gather",
-        "all_to_all",
-        "reduce_scatter",
-        "psum",
-        "psum_invariant",
-        "ppermute",
-        "pallas_call",
-        "mpmd_map",
-        "pure_callback",
-    )
-)
-# What they are given may be fused into them; what they make is written.
-_MADE = frozenset(
-    (
-        "gather",
-        "concatenate",
-        "stack",
-        "reduce_sum",
-        "reduce_max",
-        "reduce_min",
-        "reduce_and",
-        "reduce_or",
-        "reduce",
-        "argmax",
-        "argmin",
-    )
-)
-# Whatever reads them makes them again; other element-wise results are written if several steps read them.
-_AGAIN = frozenset(("broadcast_in_dim", "iota", "convert_element_type"))
-# The same bytes under another shape; one result for each operand.
-_SAME = frozenset(
-    ("reshape", "squeeze", "expand_dims", "transpose", "optimization_barrier", "name", "reduce_precision")
-)
-_IN_PLACE = frozenset(("dynamic_update_slice",))
+from train.planning.overlap import begins_beside_gathers, held_apart, ordered
+from train.planning.packing import Interval, packed_bytes
+from train.planning.steps import AGAIN, IN_PLACE, MADE, STORED, Step, Walk
 
 
-class _Step(NamedTuple):
-    """One equation of the function with its calls taken apart; arrays are numbers."""
-
-    name: str
-    reads: tuple[int, ...]
-    makes: tuple[int, ...]
-    inside: tuple[Jaxpr, ...]
-    carried: tuple[int, ...]  # operands that a loop updates
-
-
-class _Walk:
-    """The steps of a function, and the bytes of every array in it."""
-
-    def __init__(self, jaxpr: Jaxpr) -> None:
-        self.sizes: list[int] = []
-        self.steps: list[_Step] = []
-        known: dict[Any, int] = {}
-        self.arguments = len(jaxpr.invars)
-        for v in (*jaxpr.invars, *jaxpr.constvars):
-            known[v] = self._new(v.aval)
-        self.given = set(known.values())
-        self._add(jaxpr, known)
-        self.results = {known[v] for v in jaxpr.outvars if not isinstance(v, Literal)}
-
-    def _new(self, aval: Any) -> int:
-        dtype = getattr(aval, "dtype", None)
-        self.sizes.append(0 if dtype is None else math.prod(aval.shape) * dtype.itemsize)
-        return len(self.sizes) - 1
-
-    def _add(self, jaxpr: Jaxpr, known: dict[Any, int]) -> None:
-        for eqn in jaxpr.eqns:
-            name = eqn.primitive.name
-            inside = tuple(_inner(eqn))
-            read: list[Any] = [None if isinstance(v, Literal) else known[v] for v in eqn.invars]
-            if name not in _STORED | _MADE and len(inside) == 1 and len(inside[0].invars) == len(read):
-                own = {v: self._new(v.aval) for v in inside[0].constvars}
-                for v, at, given in zip(inside[0].invars, read, eqn.invars, strict=True):
-                    own[v] = self._new(given.aval) if at is None else at
-                self._add(inside[0], own)
-                for v, result in zip(eqn.outvars, inside[0].outvars, strict=True):
-                    known[v] = self._new(v.aval) if isinstance(result, Literal) else own[result]
-                continue
-            reads = tuple(at for at in read if at is not None)
-            if name in _SAME and len(reads) == len(eqn.outvars):
-                known |= dict(zip(eqn.outvars, reads, strict=True))
-                continue
-            if name in _IN_PLACE and read[0] is not None:
-                known[eqn.outvars[0]] = read[0]
-                self.steps.append(_Step(name, reads, (read[0],), (), ()))
-                continue
-            carried: tuple[int, ...] = ()
-            if name == "scan":
-                carry, wanted = _carry(eqn, inside[0]), _Walk(inside[0]).wanted()
-                carried = tuple(read[i] for i in carry if read[i] is not None)
-                reads = tuple(read[i] for i in sorted({*carry, *wanted}) if read[i] is not None)
-            for v in eqn.outvars:
-                known[v] = self._new(v.aval)
-            makes = tuple(known[v] for v in eqn.outvars)
-            self.steps.append(_Step(name, reads, makes, inside if name in _LOOPS else (), carried))
-
-    def used(self) -> list[_Step]:
-        """The steps that results depend on."""
-        wanted, found = set(self.results), []
-        for step in reversed(self.steps):
-            if wanted.intersection(step.makes):
-                wanted.update(step.reads)
-                found.append(step)
-        return found[::-1]
-
-    def wanted(self) -> set[int]:
-        """Which of the function's arguments its results depend on, by position."""
-        read = self.results.union(*(step.reads for step in self.used()))
-        return read.intersection(range(self.arguments))
-
-
-def live_bytes(jaxpr: Jaxpr) -> int:
-    """Largest sum of the arrays that are written and still needed, those in loops included.
+def live_bytes(jaxpr: Jaxpr, *, gpu: bool) -> int:
+    """Bytes in which the arrays that are written and still needed find room, those in loops included.
 
     Args:
       jaxpr: of the function as traced; inside of ``shard_map`` shapes are those of one device.
+      gpu: whether it runs on a GPU, whose compiler makes again what costs no more than to read it, and
+        computes while it sends.
 
     Returns:
       Bytes, without the arguments and constants.
     """
-    walk = _Walk(jaxpr)
+    return packed_bytes(_intervals(jaxpr, 0, gpu)[0])
+
+
+def _intervals(jaxpr: Jaxpr, clock: int, gpu: bool) -> tuple[list[Interval], int]:
+    """When each written array is in memory, from ``clock`` on, and the moment after; nothing given."""
+    walk = Walk(jaxpr)
     steps = walk.used()
-    last: dict[int, int] = {}
+    if gpu:
+        steps = ordered(steps)
+    stored = written(walk, steps, gpu)
+    last = _last_reads(walk, steps, stored)
+    found: list[Interval] = []
+    starts: list[int] = []
+    ends: list[int] = []
+    for step in steps:
+        starts.append(clock)
+        for body in step.inside:
+            inside, clock = _intervals(body, clock, gpu)
+            found += inside
+        ends.append(clock)
+        clock += 1
+    ends.append(clock)
+    filled = _first_uses(walk, steps, stored, starts)
+    if gpu:
+        filled = begins_beside_gathers(filled, steps, starts)
+        found += held_apart(steps, starts, ends, lambda body, own: written(body, own, gpu))
+    begun: dict[int, int] = {}
+    updated = {v for step in steps for v in (*step.carried, *step.filled)}
+    kept: dict[Any, int] = {}
+    for index, step in enumerate(steps):
+        # A loop updates what it carries; an element-wise result takes the place of an operand.
+        over = step.carried if step.name in STORED | MADE else step.reads
+        free = [v for v in over if v in begun and last[v] == index]
+        for v in step.makes:
+            if v not in stored or v not in last or v in walk.given or v in begun:
+                continue
+            constant = walk.constants.get(v)
+            begun[v] = starts[index] if constant is None else filled.get(constant, starts[index])
+            if constant is not None and v not in updated:
+                one = kept.setdefault(constant, v)
+                if one != v:  # equal and only read: one array
+                    last[one] = max(last[one], last[v])
+                    del begun[v]
+                    continue
+            place = next((old for old in free if walk.sizes[old] == walk.sizes[v]), None)
+            if place is not None:
+                begun[v] = begun.pop(place)
+                free.remove(place)
+    found += [Interval(at, ends[last[v]], walk.sizes[v]) for v, at in begun.items()]
+    return found, clock
+
+
+def written(walk: Walk, steps: list[Step], gpu: bool) -> set[int]:
+    """Which arrays are written to memory.
+
+    A GPU makes an element-wise result again in each step that reads it, of one array that is no larger.
+    """
     stored = set(walk.results)
     readers = collections.Counter(v for step in steps for v in set(step.reads))
+    for step in steps:
+        stored.update(step.joins)
+        if step.name in STORED:
+            stored.update(step.reads)
+        if step.name in STORED | MADE | IN_PLACE:
+            stored.update(step.makes)
+    sources: dict[int, frozenset[int]] = {}
+    for step in steps:
+        read = frozenset[int]().union(*(sources.get(v, frozenset((v,))) for v in step.reads))
+        for v in set(step.makes) - stored:
+            one = gpu and len(read) == 1 and sum(walk.sizes[w] for w in read) <= walk.sizes[v]
+            if one or step.name in AGAIN or readers[v] < 2:
+                sources[v] = read
+            else:
+                stored.add(v)
+    return stored
+
+
+def _last_reads(walk: Walk, steps: list[Step], stored: set[int]) -> dict[int, int]:
+    """The step that reads an array last; what is fused reads its sources as late as what it is fused into."""
+    last: dict[int, int] = {}
     for index, step in enumerate(steps):
         last |= dict.fromkeys(step.reads, index)
-        if step.name in _STORED:
-            stored.update(step.reads)
-        if step.name in _STORED | _MADE | _IN_PLACE:
-            stored.update(step.makes)
-        elif step.name not in _AGAIN:
-            stored.update(v for v in step.makes if readers[v] > 1)
-    # What is fused reads its sources as late as what it is fused into.
     for index in reversed(range(len(steps))):
         step = steps[index]
         end = max((last.get(v, index) for v in step.makes if v not in stored), default=index)
         for v in step.reads:
             last[v] = max(last[v], end)
-    last |= dict.fromkeys(walk.results, len(steps))
-    ends: dict[int, list[int]] = {}
-    for v, index in last.items():
-        ends.setdefault(index, []).append(v)
-    alive: set[int] = set(walk.given)
-    live = peak = 0
-    for index, step in enumerate(steps):
-        made = {v for v in step.makes if v in stored and v in last} - alive
-        alive |= made
-        live += sum(walk.sizes[v] for v in made)
-        reused = sum(walk.sizes[v] for v in step.carried if v in alive - walk.given and last[v] == index)
-        inside = max((live_bytes(sub) for sub in step.inside), default=0)
-        peak = max(peak, live - reused + inside)
-        for v in ends.pop(index, ()):
-            if v in alive and v not in walk.given:
-                alive.remove(v)
-                live -= walk.sizes[v]
-    return peak
+    return last | dict.fromkeys(walk.results, len(steps))
 
 
-def _carry(eqn: Any, body: Jaxpr) -> range:
-    """Which operands of a ``scan`` it carries: what is not sliced, behind what stays the same."""
-
-    def stacked(outer: Any, inner: Any) -> int:
-        return sum(v.aval.ndim > own.aval.ndim for v, own in zip(outer, inner, strict=True))
-
-    collected, sliced = stacked(eqn.outvars, body.outvars), stacked(eqn.invars, body.invars)
-    end = len(eqn.invars) - sliced
-    return range(end - (len(eqn.outvars) - collected), end)
-
-
-def _inner(eqn: Any) -> Iterator[Jaxpr]:
-    for value in eqn.params.values():
-        for one in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(one, ClosedJaxpr):
-                yield one.jaxpr
-            elif isinstance(one, Jaxpr):
-                yield one
+def _first_uses(walk: Walk, steps: list[Step], stored: set[int], starts: list[int]) -> dict[Any, int]:
+    """When each constant is first needed: all arrays that begin as the same one are filled at once."""
+    first: dict[Any, int] = {}
+    for step, start in zip(steps, starts, strict=True):
+        for v in (*step.reads, *step.filled):
+            if v in walk.constants and v in stored:
+                first.setdefault(walk.constants[v], start)
+    return first

@@ -191,7 +191,8 @@ def _traced(
 ) -> int:
     """The most bytes that loss and gradient of one device hold beside their arguments."""
     params, ids, loss = _loss(config, rows, length, packed, divided)
-    return live_bytes(_of_one_device(lambda *given: jax.grad(loss)(*given), divided, card, params, ids, ids))
+    traced = _of_one_device(lambda *given: jax.grad(loss)(*given), divided, card, params, ids, ids)
+    return live_bytes(traced, gpu=card is not None)
 
 
 def _loss(
