@@ -103,8 +103,8 @@ class Plan:
         }
 
 
-def make_plan(config: RunConfig, devices: int, hardware: Hardware) -> Plan:
-    """The plan of ``config`` on ``devices`` devices.
+def make_plan(config: RunConfig, devices: int, hardware: Hardware, *, parts: bool = True) -> Plan:
+    """The plan of ``config`` on ``devices`` devices; ``parts`` as for ``estimate_memory``.
 
     Raises:
       MeshError: if mesh, batch or parameters do not divide.
@@ -112,7 +112,7 @@ def make_plan(config: RunConfig, devices: int, hardware: Hardware) -> Plan:
     # mesh.devices says how many of those present a run uses; here all that are asked for are present.
     sizes = mesh_sizes(config.mesh, devices)
     mesh = AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    memory = estimate_memory(config, mesh, hardware.card)
+    memory = estimate_memory(config, mesh, hardware.card, parts=parts)
     functions = model_functions(config.model)
     used = math.prod(sizes)
     share, measured = step_share(config.model, mesh.shape[TENSOR])
@@ -146,7 +146,7 @@ def advise(config: RunConfig, devices: int, hardware: Hardware) -> tuple[str, ..
     """
     for changes in _changes(config, devices):
         changed = _with(config, changes)
-        if make_plan(changed, devices, hardware).fits:
+        if make_plan(changed, devices, hardware, parts=False).fits:
             return tuple(f"{name}={value}" for name, value in changes.items())
     return ()
 

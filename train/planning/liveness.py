@@ -12,7 +12,7 @@ from typing import Any
 
 from jax.extend.core import Jaxpr
 
-from train.planning.overlap import begins_beside_gathers, held_apart, ordered
+from train.planning.overlap import filled_first, held_apart, ordered
 from train.planning.packing import Interval, packed_bytes
 from train.planning.steps import AGAIN, IN_PLACE, MADE, STORED, Step, Walk
 
@@ -52,7 +52,7 @@ def _intervals(jaxpr: Jaxpr, clock: int, gpu: bool) -> tuple[list[Interval], int
     ends.append(clock)
     filled = _first_uses(walk, steps, stored, starts)
     if gpu:
-        filled = begins_beside_gathers(filled, steps, starts)
+        filled = filled_first(filled, steps, walk.constants)
         found += held_apart(steps, starts, ends, lambda body, own: written(body, own, gpu))
     begun: dict[int, int] = {}
     updated = {v for step in steps for v in (*step.carried, *step.filled)}

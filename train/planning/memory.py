@@ -86,7 +86,12 @@ class Memory(NamedTuple):
 
 
 def estimate_memory(
-    config: RunConfig, mesh: AbstractMesh, card: Card | None = None, *, packed: bool = True
+    config: RunConfig,
+    mesh: AbstractMesh,
+    card: Card | None = None,
+    *,
+    packed: bool = True,
+    parts: bool = True,
 ) -> Memory:
     """Bytes on each device of ``mesh`` for a step of ``config``.
 
@@ -95,6 +100,7 @@ def estimate_memory(
       mesh: its axes; devices are not needed.
       card: what each device is; None for those present, then with the memory in portable form.
       packed: whether rows have segment ids, as in training.
+      parts: False counts ``kept`` as ``working``, in half the time: the forward pass is not traced by itself.
 
     Raises:
       MeshError: if batch, heads or parameters do not divide over the mesh.
@@ -112,7 +118,7 @@ def estimate_memory(
     length = config.context_length // sizes["seq"]
     shard = _shard(model, tensor) if card is not None else _portable(_shard(model, tensor))
     divided = _Divided(fsdp, sizes["seq"], tensor, config.mesh.exchange)
-    kept = _kept(shard, rows, length, packed, divided, card)
+    kept = _kept(shard, rows, length, packed, divided, card) if parts else 0
     width, vocab = shard.hidden_size, shard.vocab_size
     storage, wide = _itemsize(model.precision.storage), _itemsize(model.precision.logits)
     by_kernel = _loss_by_kernel(shard, divided, card)

@@ -4,7 +4,7 @@ Read from the schedules and buffers of steps compiled for two and four H100s (``
 
 - it begins from the end, and what only results need (the last product for the head's weights, with its
   logits) comes beside the last sums of gradients, after the loop over blocks;
-- constants that loops begin from are filled beside the gather of weights before them;
+- constants that loops begin from wait for nothing: all are filled before the first loop;
 - sums of gradients go into the next turn of the loop over blocks, so its first turn is taken out of it. What
   that turn computes again in order to exchange depends on no loss: it runs before it;
 - arrays of a block that depend on nothing are made once for all blocks, forward and backward.
@@ -16,7 +16,7 @@ from typing import Any
 from jax.extend.core import Jaxpr
 
 from train.planning.packing import Interval
-from train.planning.steps import AGAIN, Step, Walk, inner
+from train.planning.steps import Step, Walk, inner
 
 _GATHERS = frozenset(("all_gather", "all_to_all", "ppermute"))
 _EXCHANGES = _GATHERS | {"reduce_scatter", "psum", "psum_invariant"}
@@ -42,23 +42,11 @@ def ordered(steps: list[Step]) -> list[Step]:
     return early + [steps[index] for index in sorted(late)] + steps[end:]
 
 
-def begins_beside_gathers(first: dict[Any, int], steps: list[Step], starts: list[int]) -> dict[Any, int]:
-    """When constants are filled that are needed at ``first``; weights are gathered once."""
-    makers = {v: step for step in steps for v in step.makes}
-    gathers: dict[int, int] = {}
-    for step, start in zip(steps, starts, strict=True):
-        if step.name == "all_gather":
-            gathers.setdefault(_source(step.reads[0], makers), start)
-    return {
-        constant: max((at for at in gathers.values() if at < need), default=need)
-        for constant, need in first.items()
-    }
-
-
-def _source(v: int, makers: dict[int, Step]) -> int:
-    while v in makers and makers[v].name in AGAIN and makers[v].reads:
-        v = makers[v].reads[0]
-    return v
+def filled_first(first: dict[Any, int], steps: list[Step], constants: dict[int, Any]) -> dict[Any, int]:
+    """When constants needed at ``first`` are filled: what loops begin from, before the first of them."""
+    begun = {constants[v] for step in steps for v in (*step.carried, *step.filled) if v in constants}
+    begin = min((first[constant] for constant in begun & first.keys()), default=0)
+    return first | dict.fromkeys(begun & first.keys(), begin)
 
 
 def held_apart(
