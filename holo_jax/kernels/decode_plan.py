@@ -119,8 +119,8 @@ def shared_bytes(shape: Shape) -> int:
     return sum(-(-size // 1024) * 1024 for size in sizes) + _SCRATCH_BYTES
 
 
-def unsupported(shape: Shape, storage: Any) -> str | None:
-    """Why the kernel over all layers cannot run here, or None."""
+def unsupported_layers(shape: Shape, storage: Any) -> str | None:
+    """Why no kernel over all layers can run here, whatever its rows, or None."""
     reason = unsupported_heads(shape)
     if reason is not None:
         return reason
@@ -130,8 +130,6 @@ def unsupported(shape: Shape, storage: Any) -> str | None:
         return f"jax is {jax.__version__}; it must be {'.'.join(map(str, _LEAST_JAX))} or newer"
     if jnp.dtype(storage) != jnp.bfloat16:
         return f"storage is {jnp.dtype(storage)}; it must be bfloat16"
-    if shape.rows != 1:
-        return f"the batch has {shape.rows} rows; it must have one"
     if (shape.m, shape.d) != (PHASORS, CHANNELS):
         return f"a head has {shape.m} phasors and {shape.d} channels; it must have {PHASORS} and {CHANNELS}"
     if plan(shape).per_head > MAPS:
@@ -141,10 +139,25 @@ def unsupported(shape: Shape, storage: Any) -> str | None:
             return (
                 f"the product {name} sums over {depth(shape, name)} columns; it must be a multiple of {CHUNK}"
             )
-        if getattr(plan(shape), name) < _LEAST_ROWS:
-            least = (_LEAST_ROWS - 1) * shape.programs + 1
-            return f"the product {name} has {outputs(shape, name)} rows; it must have at least {least}"
-    needed = shared_bytes(shape)
+    return None
+
+
+def too_large(needed: int) -> str | None:
+    """Why a program cannot hold ``needed`` bytes of shared memory, or None."""
     if needed > _SHARED_BYTES:
         return f"a program's weights of a layer take {needed} bytes; it can hold {_SHARED_BYTES}"
     return None
+
+
+def unsupported(shape: Shape, storage: Any) -> str | None:
+    """Why the kernel over all layers cannot take one row here, or None."""
+    reason = unsupported_layers(shape, storage)
+    if reason is not None:
+        return reason
+    if shape.rows != 1:
+        return f"the batch has {shape.rows} rows; it must have one"
+    for name in PRODUCTS:
+        if getattr(plan(shape), name) < _LEAST_ROWS:
+            least = (_LEAST_ROWS - 1) * shape.programs + 1
+            return f"the product {name} has {outputs(shape, name)} rows; it must have at least {least}"
+    return too_large(shared_bytes(shape))

@@ -8,14 +8,12 @@ time, 32 columns of them at a time, eight columns a lane. So shared memory holds
 import math
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.kernels import decode_plan
-from holo_jax.kernels.capability import compute_capability
-from holo_jax.kernels.decode_plan import CHUNK, MAPS, PRODUCTS
-from holo_jax.kernels.decode_shape import Shape, unsupported_heads
+from holo_jax.kernels.decode_plan import CHUNK, PRODUCTS
+from holo_jax.kernels.decode_shape import Shape
 
 # Warps that multiply: each has an equal part of the columns that a product sums over.
 WARPS = 8
@@ -27,9 +25,7 @@ SLOTS = 4
 PIECE = 1 << 14
 MOST_ROWS = 16
 _THREADS = 32 * WARPS
-_SHARED_BYTES = 232448
 _SCRATCH_BYTES = 3072
-_LEAST_JAX = (0, 11)
 
 
 class Vector(NamedTuple):
@@ -168,33 +164,17 @@ def shared_bytes(shape: Shape) -> int:
 
 def unsupported(shape: Shape, storage: Any) -> str | None:
     """Why the kernel over all layers cannot take several rows here, or None."""
-    reason = unsupported_heads(shape)
+    reason = decode_plan.unsupported_layers(shape, storage)
     if reason is not None:
         return reason
-    if compute_capability() != (9, 0):
-        return "it needs an NVIDIA Hopper GPU (compute capability 9.0)"
-    if jax.__version_info__[:2] < _LEAST_JAX:
-        return f"jax is {jax.__version__}; it must be {'.'.join(map(str, _LEAST_JAX))} or newer"
-    if jnp.dtype(storage) != jnp.bfloat16:
-        return f"storage is {jnp.dtype(storage)}; it must be bfloat16"
     if not 2 <= shape.rows <= MOST_ROWS:
         return f"the batch has {shape.rows} rows; it must have 2 to {MOST_ROWS}"
-    sizes = decode_plan.PHASORS, decode_plan.CHANNELS
-    if (shape.m, shape.d) != sizes:
-        return f"a head has {shape.m} phasors and {shape.d} channels; it must have {sizes[0]} and {sizes[1]}"
-    if decode_plan.plan(shape).per_head > MAPS:
-        return f"the maps of a head have {decode_plan.plan(shape).per_head} values; it can have {MAPS}"
     if shape.rows * shape.heads > workers(shape):
         return (
             f"the batch has {shape.rows * shape.heads} heads; the kernel works out {workers(shape)} at a time"
         )
     for name in PRODUCTS:
-        if (depth := decode_plan.depth(shape, name)) % (STEP * WARPS):
-            return f"the product {name} sums over {depth} columns; it must be a multiple of {STEP * WARPS}"
         if finishing(shape, name) > _THREADS:
             most = 8 * (_THREADS // (4 * padded(shape)))
             return f"a program makes {share(shape, name)} results of {name}; it must be about {most} or fewer"
-    needed = shared_bytes(shape)
-    if needed > _SHARED_BYTES:
-        return f"a program's weights of a layer take {needed} bytes; it can hold {_SHARED_BYTES}"
-    return None
+    return decode_plan.too_large(shared_bytes(shape))

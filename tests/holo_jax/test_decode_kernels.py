@@ -13,7 +13,6 @@ from holo_jax.kernels import (
     decode_join,
     decode_plan,
     decode_products,
-    decode_rows_plan,
     decode_shape,
 )
 from holo_jax.precision import FULL, MIXED
@@ -116,8 +115,7 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     monkeypatch.setattr(decode_plan, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     assert stepping.choose(narrow, 1) == stepping.Form(stacked=True, drawn=True, programs=132)
-    assert stepping.choose(narrow, 2) == folded and stepping.choose(wide, 1) == products
-    monkeypatch.setattr(decode_rows_plan, "compute_capability", lambda: (9, 0))
+    assert stepping.choose(wide, 1) == products
     several = stepping.Form(stacked=True, dealt=True, drawn=True, programs=132)
     assert stepping.choose(narrow, 2) == stepping.choose(narrow, 16) == several
     assert stepping.choose(narrow, 17) == heads and stepping.choose(wide, 2) == heads

@@ -72,7 +72,7 @@ def test_a_lane_finds_eight_columns() -> None:
 )
 def test_what_it_refuses(changes: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reasons name the field, the value and the constraint."""
-    for module in (decode_rows_plan, decode_shape):
+    for module in (decode_plan, decode_shape):
         monkeypatch.setattr(module, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     assert decode_rows_plan.unsupported(shape_of(), jnp.bfloat16) is None
