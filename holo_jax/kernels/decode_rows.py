@@ -27,7 +27,7 @@ from holo_jax.kernels.decode_memory import Exchange, Place, head, of_head
 from holo_jax.kernels.decode_plan import PRODUCTS
 from holo_jax.kernels.decode_rows_worker import RowsWorker
 from holo_jax.kernels.decode_shape import Shape
-from holo_jax.kernels.decode_worker import Refs
+from holo_jax.kernels.decode_worker import Refs, launch
 
 # Copies on their way to a program at a time.
 FLIGHT = 3
@@ -179,8 +179,6 @@ def run(shape: Shape, arrays: dict[str, Array]) -> dict[str, Array]:
     plgpu = mosaic.pallas()
 
     changed = ("hidden", "mail", *_PENDING)
-    fixed = {name: array for name, array in arrays.items() if name not in changed}
-    states = {name: jax.new_ref(arrays[name]) for name in changed}
     groups = decode_plan.plan(shape).groups
     scratch: Refs = {}
     for name in PRODUCTS:
@@ -194,20 +192,4 @@ def run(shape: Shape, arrays: dict[str, Array]) -> dict[str, Array]:
     scratch["stream"] = plgpu.SMEM(*stream)
     scratch["free"] = plgpu.Barrier(num_arrivals=groups, num_barriers=len(PRODUCTS))
 
-    def body(*given: Any, **room: Any) -> None:
-        decode_rows(shape, {**dict(zip([*fixed, *states], given, strict=True)), **room})
-
-    plgpu.kernel(
-        body,
-        scratch_types=scratch,
-        grid=(shape.programs,),
-        grid_names=("program",),
-        num_threads=groups + 1,
-        thread_name="group",
-        kernel_name="decode_rows",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-        interpret=plgpu.InterpretGPUParams() if shape.interpret else False,
-    )(*fixed.values(), *states.values())
-    return {name: jax.freeze(ref) for name, ref in states.items()}
+    return launch(shape, decode_rows, arrays, changed, scratch)

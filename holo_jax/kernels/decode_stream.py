@@ -28,7 +28,7 @@ from holo_jax.kernels.decode_mail import Rows
 from holo_jax.kernels.decode_memory import Exchange, Place, head, of_head
 from holo_jax.kernels.decode_plan import CHUNK, PRODUCTS
 from holo_jax.kernels.decode_shape import Shape
-from holo_jax.kernels.decode_worker import Refs, Worker, rounded, silu, turns
+from holo_jax.kernels.decode_worker import Refs, Worker, launch, rounded, silu, turns
 
 # Copies on their way to a program at a time; two to sixteen were no faster.
 FLIGHT = 3
@@ -246,8 +246,6 @@ def run(shape: Shape, arrays: dict[str, Array]) -> dict[str, Array]:
         layers, outputs, depth = arrays[name].shape
         arrays[name] = arrays[name].reshape(layers, outputs, depth // CHUNK, CHUNK)
     changed = ("x", "hidden", *_MAIL, *_PENDING)
-    fixed = {name: array for name, array in arrays.items() if name not in changed}
-    states = {name: jax.new_ref(arrays[name]) for name in changed}
     groups = decode_plan.plan(shape).groups
     scratch: Refs = {}
     for name in PRODUCTS:
@@ -263,21 +261,5 @@ def run(shape: Shape, arrays: dict[str, Array]) -> dict[str, Array]:
     scratch["head_free"] = plgpu.Barrier()
     scratch["free"] = plgpu.Barrier(num_arrivals=groups, num_barriers=len(PRODUCTS))
 
-    def body(*given: Any, **room: Any) -> None:
-        decode_stream(shape, {**dict(zip([*fixed, *states], given, strict=True)), **room})
-
-    plgpu.kernel(
-        body,
-        scratch_types=scratch,
-        grid=(shape.programs,),
-        grid_names=("program",),
-        num_threads=groups + 1,
-        thread_name="group",
-        kernel_name="decode_stream",
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-        interpret=plgpu.InterpretGPUParams() if shape.interpret else False,
-    )(*fixed.values(), *states.values())
-    found = {name: jax.freeze(ref) for name, ref in states.items()}
+    found = launch(shape, decode_stream, arrays, changed, scratch)
     return {**found, "hidden": found["hidden"][None]}

@@ -266,3 +266,42 @@ def silu(x: Array) -> Array:
 def turns(shape: Shape) -> int:
     """Heads that a program works out."""
     return pl.cdiv(shape.heads, shape.programs)
+
+
+def launch(
+    shape: Shape, program: Any, arrays: dict[str, Array], changed: tuple[str, ...], scratch: Refs
+) -> dict[str, Array]:
+    """``program(shape, refs)`` in every warpgroup of a program a multiprocessor, for a whole token.
+
+    Args:
+      shape: see ``Shape``.
+      program: the kernel, by whose name it is called.
+      arrays: by the names of ``refs``.
+      changed: those that the kernel writes.
+      scratch: shared memory and barriers, by name.
+
+    Returns:
+      What was changed, after the kernel.
+    """
+    plgpu = mosaic.pallas()
+
+    fixed = {name: array for name, array in arrays.items() if name not in changed}
+    states = {name: jax.new_ref(arrays[name]) for name in changed}
+
+    def body(*given: Any, **room: Any) -> None:
+        program(shape, {**dict(zip([*fixed, *states], given, strict=True)), **room})
+
+    plgpu.kernel(
+        body,
+        scratch_types=scratch,
+        grid=(shape.programs,),
+        grid_names=("program",),
+        num_threads=decode_plan.plan(shape).groups + 1,
+        thread_name="group",
+        kernel_name=program.__name__,
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        interpret=plgpu.InterpretGPUParams() if shape.interpret else False,
+    )(*fixed.values(), *states.values())
+    return {name: jax.freeze(ref) for name, ref in states.items()}

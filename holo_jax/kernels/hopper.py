@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
-from holo_jax.kernels import hopper_erase
+from holo_jax.kernels import hopper_erase, hopper_stages
 from holo_jax.kernels.call import READ_NAME, Call, total_writes
 from holo_jax.kernels.capability import compute_capability, installed_version, partitioned
 from holo_jax.kernels.hopper_stages import CHUNK
@@ -113,7 +113,7 @@ def accumulate_features(
     scales values itself.
     """
     assert not (gated and call.erase is not None)
-    scaled = scaled or _scaled
+    scaled = scaled or hopper_stages.scaled
     from jla.ops import linear_attention
 
     options: dict[str, Any] = dict(scale=1.0, output_final_state=final, impl=implementation)
@@ -155,7 +155,7 @@ def accumulate_features(
 def delta_operands(call: Call, scaled: Callable[[Array, Array], Array] | None = None) -> tuple[Array, Array]:
     """(values, strength) that the delta-rule kernel is given for a call with ``erase``."""
     strength = _strength(call)
-    return (scaled or _scaled)(call.values, _gates(call) / strength), strength
+    return (scaled or hopper_stages.scaled)(call.values, _gates(call) / strength), strength
 
 
 def _strength(call: Call) -> Array:
@@ -199,10 +199,6 @@ def _sum(
     return scalar_gate.run(
         queries, keys, values, None, None, delta=False, **({"initial_state": None} | given)
     )
-
-
-def _scaled(values: Array, factors: Array) -> Array:
-    return (values.astype(jnp.float32) * factors[..., None]).astype(values.dtype)
 
 
 def raised(erase: Array, gates: Array) -> Array:

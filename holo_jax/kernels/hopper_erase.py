@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from holo_jax.array_types import Array
 from holo_jax.kernels import (
+    capability,
     erase_gradients,
     forward_walk,
     hopper_stages,
@@ -60,7 +61,7 @@ def _forward(
 ) -> tuple[Array, Any]:
     if segment_ids is not None:
         # All that going back needs of the values: so a block keeps it in place of them.
-        values = checkpoint_name(_scaled(values, gates / strength), SCALED_NAME)
+        values = checkpoint_name(hopper_stages.scaled(values, gates / strength), SCALED_NAME)
     x = hopper_stages.inputs((queries, keys, values, strength), segment_ids)
     inverse = hopper_stages.inverses(x)
     maps = starts = None
@@ -107,7 +108,7 @@ def _backward(saved: Any, cotangent: Array) -> tuple[Array | None, ...]:
         states=states,
         of_states=of_states,
         runs=None if x.segments is None else erase_gradients.Runs(*x.segments),
-        programs=hopper_stages.multiprocessors(),
+        programs=max(capability.multiprocessors(), 1),
     )
     time = values.shape[1]
     wide = (g[:, :time] for g in (found.queries, found.keys, found.values))
@@ -121,10 +122,6 @@ def _walked(
     x: hopper_stages.Inputs, inverse: Array, gates: Array
 ) -> tuple[Array, Array, Array, Array, Array]:
     return x.keys, x.values, inverse, hopper_stages.heads_first(gates, x), x.strength
-
-
-def _scaled(values: Array, factors: Array) -> Array:
-    return (values.astype(jnp.float32) * factors[..., None]).astype(values.dtype)
 
 
 def _in_rows(by_piece: Array) -> Array:

@@ -78,11 +78,9 @@ def heads_first(numbers: Array, x: Inputs) -> Array:
     return head_major(numbers, x.queries.shape[1] - numbers.shape[1])
 
 
-def multiprocessors() -> int:
-    """Of the card."""
-    from jla.ops.mosaic_gpu._common import num_sms
-
-    return int(num_sms())
+def scaled(values: Array, factors: Array) -> Array:
+    """Values times a float32 factor a head, in their dtype."""
+    return (values.astype(jnp.float32) * factors[..., None]).astype(values.dtype)
 
 
 def inverses(x: Inputs) -> Array:
