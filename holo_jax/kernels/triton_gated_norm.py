@@ -14,8 +14,11 @@ from jax.experimental import pallas as pl
 from holo_jax.array_types import Array
 from holo_jax.kernels.triton_norm import Norm, parameters, standard
 
-_ROWS = 32
-_FORWARD_TOKENS, _BACKWARD_TOKENS = 256, 1024
+# Rows of a tile; forwards a program takes one, as nothing is summed over tokens.
+_ROWS = 16
+_SCALE_ROWS, _SCALE_TOKENS = 32, 256
+# Tokens of a program of the gradient, by whether values have factors.
+_BACKWARD_TOKENS = {True: 1024, False: 512}
 
 
 def tokens_of(count: int, most: int) -> int:
@@ -26,12 +29,18 @@ def tokens_of(count: int, most: int) -> int:
     return tokens
 
 
-def _gated(inputs: dict[str, Any], at: Any, norm: Norm, weight: Array) -> dict[str, Array]:
-    values = inputs["values"][at].astype(jnp.float32)
-    factor = inputs["factors"][at[0], 0][:, None] if "factors" in inputs else None
+def _load(inputs: dict[str, Any], at: Any) -> dict[str, Array]:
+    """What rows of a head need of the inputs but the weight."""
+    found = {name: ref[at] for name, ref in inputs.items() if name not in ("factors", "weight")}
+    return found | ({"factors": inputs["factors"][at[0], 0]} if "factors" in inputs else {})
+
+
+def _gated(loaded: dict[str, Array], norm: Norm, weight: Array) -> dict[str, Array]:
+    values = loaded["values"].astype(jnp.float32)
+    factor = loaded["factors"][:, None] if "factors" in loaded else None
     scaled = values if factor is None else values * factor
     normed, inverse = standard(norm, scaled)
-    gate = inputs["gate"][at].astype(jnp.float32)
+    gate = loaded["gate"].astype(jnp.float32)
     share = jax.nn.sigmoid(gate)
     found = {"values": values, "normed": normed, "inverse": inverse, "gate": gate, "share": share}
     found |= {"product": normed * weight, "silu": gate * share}
@@ -55,18 +64,12 @@ def forward(norm: Norm, inputs: dict[str, Array]) -> Array:
     """
     values = inputs["values"]
     n, (heads, width) = values.shape[0], inputs["weight"].shape
-    tokens = tokens_of(n, _FORWARD_TOKENS)
-    rows = min(_ROWS, tokens)
+    tokens = tokens_of(n, _ROWS)
 
     def kernel(ins: dict[str, Any], out: Any) -> None:
-        weight = ins["weight"][0, :].astype(jnp.float32)[None]
-
-        def step(index: Array, _: None) -> None:
-            at = (pl.ds(index * rows, rows), slice(None))
-            found = _gated(ins, at, norm, weight)
-            out[at] = (found["silu"] * found["product"]).astype(values.dtype)
-
-        jax.lax.fori_loop(0, tokens // rows, step, None)
+        at = (slice(None), slice(None))
+        found = _gated(_load(ins, at), norm, ins["weight"][0, :].astype(jnp.float32)[None])
+        out[at] = (found["silu"] * found["product"]).astype(values.dtype)
 
     return pl.pallas_call(
         kernel,
@@ -84,33 +87,41 @@ def backward(norm: Norm, inputs: dict[str, Array], cotangent: Array) -> dict[str
     """Gradients by name of input (``d_values`` and so on), and ``gated``, the output once more."""
     values = inputs["values"]
     n, (heads, width) = values.shape[0], inputs["weight"].shape
-    tokens = tokens_of(n, _BACKWARD_TOKENS)
+    tokens = tokens_of(n, _BACKWARD_TOKENS["factors" in inputs])
     rows = min(_ROWS, tokens)
+    tiles = tokens // rows
     arrays = inputs | {"cotangent": cotangent}
 
     def kernel(ins: dict[str, Any], outs: dict[str, Any]) -> None:
         weight = ins["weight"][0, :].astype(jnp.float32)[None]
 
-        def step(index: Array, total: Array) -> Array:
+        def load(index: Array) -> dict[str, Array]:
+            return _load(ins, (pl.ds(index * rows, rows), slice(None)))
+
+        def step(index: Array, carry: tuple[dict[str, Array], Array]) -> Any:
+            here, total = carry
             at = (pl.ds(index * rows, rows), slice(None))
-            found = _gated(ins, at, norm, weight)
-            pull = ins["cotangent"][at].astype(jnp.float32)
+            # No read passes a store, so the next tile's are asked for before this one's.
+            following = load(jnp.minimum(index + 1, tiles - 1))
+            found = _gated(here, norm, weight)
+            pull = here["cotangent"].astype(jnp.float32)
             silu, share, normed = found["silu"], found["share"], found["normed"]
             outs["gated"][at] = (silu * found["product"]).astype(values.dtype)
             slope = share * (1.0 + found["gate"] * (1.0 - share))
             outs["d_gate"][at] = (pull * found["product"] * slope).astype(values.dtype)
             pull = pull * silu
-            total = total + jnp.sum(pull * normed, axis=0)
+            total = total + pull * normed
             pull = pull * weight
             pull = found["inverse"] * (pull - normed * jnp.mean(pull * normed, axis=1, keepdims=True))
             if "factor" in found:
                 outs["d_factors"][at[0], 0] = jnp.sum(pull * found["values"], axis=1)
                 pull = pull * found["factor"]
             outs["d_values"][at] = pull.astype(values.dtype)
-            return total
+            return following, total
 
-        total = jax.lax.fori_loop(0, tokens // rows, step, jnp.zeros((width,), jnp.float32))
-        outs["d_weight"][0, 0, :] = total
+        begin = load(jnp.int32(0)), jnp.zeros((rows, width), jnp.float32)
+        _, total = jax.lax.fori_loop(0, tiles, step, begin)
+        outs["d_weight"][0, 0, :] = jnp.sum(total, axis=0)
 
     whole = jax.ShapeDtypeStruct(values.shape, values.dtype)
     shapes = dict.fromkeys(("gated", "d_values", "d_gate"), whole)
@@ -137,8 +148,8 @@ def scale_backward(
 ) -> tuple[Array, Array]:
     """Gradients of values and of float32 factors ``[n, h]``, from their product ``[n, h d]`` and its own."""
     (n, heads), width = factors.shape, scaled.shape[1] // factors.shape[1]
-    tokens = tokens_of(n, _FORWARD_TOKENS)
-    rows = min(_ROWS, tokens)
+    tokens = tokens_of(n, _SCALE_TOKENS)
+    rows = min(_SCALE_ROWS, tokens)
     inputs = {"scaled": scaled, "factors": factors, "cotangent": cotangent}
 
     def scale_heads_backward(ins: dict[str, Any], outs: dict[str, Any]) -> None:

@@ -13,11 +13,13 @@ from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
 
-# Numbers of a tile: 32 a thread and array.
-_TILE = 4096
+# Numbers of a tile: 32 a thread and array, and half as many or fewer where there are more arrays.
+_TILE, _BACKWARD_TILE = 4096, 2048
 _PROGRAMS = 1024
 _LEAST_ROWS = 16
 _WARPS = 4
+# Of LayerNorm's gradient, whose sums for two parameters take registers, and of RMSNorm's.
+_BACKWARD_WARPS = {True: 4, False: 8}
 
 
 class Norm(NamedTuple):
@@ -42,9 +44,9 @@ def standard(norm: Norm, x: Array) -> tuple[Array, Array]:
     return x * inverse, inverse
 
 
-def rows_of(count: int, width: int) -> int:
-    """Rows of a tile: a power of two that divides all rows."""
-    rows = min(max(1, _TILE // width), 32)
+def rows_of(count: int, width: int, numbers: int) -> int:
+    """Rows of a tile of about so many numbers: a power of two that divides all rows."""
+    rows = min(max(1, numbers // width), 32)
     while count % rows:
         rows //= 2
     return rows
@@ -55,7 +57,7 @@ def forward(
 ) -> tuple[Array, Array]:
     """(x + delta, its norm), ``[n, e]`` in the dtype of x; x itself without ``delta``."""
     n, e = x.shape
-    rows = rows_of(n, e)
+    rows = rows_of(n, e, _TILE)
     given = {"x": x, "delta": delta, "scale": scale, "bias": bias}
     inputs = {name: array for name, array in given.items() if array is not None}
 
@@ -106,19 +108,30 @@ def backward(
     while programs > 1 and (n % programs or n // programs < _LEAST_ROWS):
         programs //= 2
     each = n // programs
-    rows = rows_of(each, e)
+    rows = rows_of(each, e, _BACKWARD_TILE)
     inputs: dict[str, Any] = {"total": total, "parts": parts, "scale": scale}
     inputs |= {name: x for name, x in (("d_total", d_total), ("bias", bias)) if x is not None}
 
     def kernel(ins: dict[str, Any], outs: dict[str, Any]) -> None:
         weight = ins["scale"][...].astype(jnp.float32)[None]
+        read = [ins["total"], *ins["parts"], *([] if d_total is None else [ins["d_total"]])]
+        tiles = each // rows
 
-        def step(index: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        def load(index: Array) -> tuple[Array, ...]:
             at = (pl.ds(index * rows, rows), slice(None))
-            own, inverse = standard(norm, ins["total"][at].astype(jnp.float32))
-            cotangent = ins["parts"][0][at].astype(jnp.float32)
-            for part in ins["parts"][1:]:
-                cotangent = cotangent + part[at].astype(jnp.float32)
+            return tuple(ref[at] for ref in read)
+
+        def step(index: Array, carry: tuple[tuple[Array, ...], tuple[Array, ...]]) -> Any:
+            loaded, sums = carry
+            at = (pl.ds(index * rows, rows), slice(None))
+            x, *cotangents = (a.astype(jnp.float32) for a in loaded)
+            # No read passes a store, so the next tile's are asked for before this one's.
+            loaded = load(jnp.minimum(index + 1, tiles - 1))
+            own, inverse = standard(norm, x)
+            stream = None if d_total is None else cotangents.pop()
+            cotangent = cotangents[0]
+            for part in cotangents[1:]:
+                cotangent = cotangent + part
             if again:
                 normed = own * weight
                 if bias is not None:
@@ -129,16 +142,18 @@ def backward(
             if norm.centered:
                 inside = inside - jnp.mean(pull, axis=1, keepdims=True)
             gradient = inverse * inside
-            if d_total is not None:
-                gradient = gradient + ins["d_total"][at].astype(jnp.float32)
+            if stream is not None:
+                gradient = gradient + stream
             outs["d_total"][at] = gradient.astype(total.dtype)
             added = (cotangent * own, cotangent)
-            return tuple(s + jnp.sum(a, axis=0) for s, a in zip(sums, added, strict=False))
+            return loaded, tuple(s + a for s, a in zip(sums, added, strict=False))
 
+        # Summed over rows once: a sum over the rows of a tile makes its warps wait for one another.
         count = 1 if bias is None else 2
-        sums = jax.lax.fori_loop(0, each // rows, step, (jnp.zeros((e,), jnp.float32),) * count)
+        begin = load(jnp.int32(0)), (jnp.zeros((rows, e), jnp.float32),) * count
+        _, sums = jax.lax.fori_loop(0, tiles, step, begin)
         for name, total_of in zip(("d_scale", "d_bias"), sums, strict=False):
-            outs[name][...] = total_of[None]
+            outs[name][...] = jnp.sum(total_of, axis=0)[None]
 
     tile = pl.BlockSpec((each, e), lambda i: (i, 0))
     row = pl.BlockSpec((1, e), lambda i: (i, 0))
@@ -154,7 +169,7 @@ def backward(
         grid=(programs,),
         in_specs=(jax.tree.map(lambda array: tile if array.ndim == 2 else whole, inputs),),
         out_specs={name: tile if name in ("d_total", "normed") else row for name in shapes},
-        compiler_params=parameters(norm),
+        compiler_params=parameters(norm, _BACKWARD_WARPS[norm.centered]),
         interpret=norm.interpret,
         name="norm_backward",
     )(inputs)
@@ -162,6 +177,6 @@ def backward(
     return found["d_total"], found.get("normed"), sums["d_scale"], sums.get("d_bias")
 
 
-def parameters(norm: Norm) -> Any:
+def parameters(norm: Norm, warps: int = _WARPS) -> Any:
     """How the compiler is to lay out a program."""
-    return None if norm.interpret else plgpu.CompilerParams(num_warps=_WARPS, num_stages=1)
+    return None if norm.interpret else plgpu.CompilerParams(num_warps=warps, num_stages=1)
