@@ -13,11 +13,11 @@ from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
 from holo_jax.kernels.triton_gated_norm import tokens_of
-from holo_jax.kernels.triton_program import reciprocal
+from holo_jax.kernels.triton_program import exp2, reciprocal
 
 _ROWS = 8
 _COLUMNS = 256
-_WARPS = 4
+_WARPS = 8
 _FORWARD_TOKENS, _BACKWARD_TOKENS = 64, 128
 
 
@@ -28,7 +28,7 @@ _SERIES = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 
 def _normal(x: Array, *, approximate: bool) -> tuple[Array, Array]:
     """(distribution, density) of the standard normal; both from one exponential."""
-    bell = jnp.exp(-0.5 * x * x)
+    bell = exp2(x * x * (-0.5 / math.log(2.0)), approximate)
     t = reciprocal(1.0 + (_SCALE * math.sqrt(0.5)) * jnp.abs(x), approximate)
     series = jnp.full_like(t, _SERIES[-1])
     for coefficient in reversed(_SERIES[:-1]):
