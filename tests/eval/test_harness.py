@@ -38,9 +38,12 @@ def request(*arguments):
     return types.SimpleNamespace(args=arguments)
 
 
+_forward = nnx.jit(lambda model, ids: jax.nn.log_softmax(model(ids).logits))
+
+
 def log_likelihood(opened, ids: list[int], count: int) -> tuple[float, bool]:
     """Of the last ``count`` ids, from the logits of one pass."""
-    logits = jax.nn.log_softmax(opened.model(jnp.array([ids])).logits[0, :-1])
+    logits = np.asarray(_forward(opened.model, np.array([ids]))[0, :-1])
     chosen = [float(logits[i, ids[i + 1]]) for i in range(len(ids) - 1)][-count:]
     best = [int(logits[i].argmax()) == ids[i + 1] for i in range(len(ids) - 1)][-count:]
     return sum(chosen), all(best)

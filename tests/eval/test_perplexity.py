@@ -76,9 +76,16 @@ def streamed(texts):
     return model, reader, read_all(reader, texts)
 
 
+_forward = nnx.jit(lambda model, ids: model(ids).logits)
+
+
+def logits_of(model, text: np.ndarray) -> np.ndarray:
+    return np.asarray(_forward(model, text[None])[0, :-1])
+
+
 def expected(model, text: np.ndarray) -> np.ndarray:
     """From the definition: logits of one pass, in float64."""
-    logits = np.asarray(model(jnp.asarray(text)[None]).logits[0, :-1], np.float64)
+    logits = np.float64(logits_of(model, text))
     return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(text) - 1), text[1:]]
 
 
@@ -86,8 +93,7 @@ def test_streamed_losses_are_the_models_own(texts, streamed):
     model, _, found = streamed
     for text, scores in zip(texts, found, strict=True):
         np.testing.assert_allclose(scores.nats, expected(model, text), atol=2e-5)
-        logits = model(jnp.asarray(text)[None]).logits[0, :-1]
-        assert (scores.likeliest == (logits.argmax(-1) == text[1:])).all()
+        assert (scores.likeliest == (logits_of(model, text).argmax(-1) == text[1:])).all()
 
 
 def test_windows_restart_the_context(texts, streamed):

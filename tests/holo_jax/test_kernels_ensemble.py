@@ -13,6 +13,7 @@ from holo_jax.kernels.call import Call
 B, T, H, M, D = 2, 9, 2, 3, 4
 
 
+@jax.jit
 def arguments():
     keys = jax.random.split(jax.random.key(0), 6)
     normal = jax.random.normal
@@ -78,10 +79,13 @@ def test_a_grid_equals_its_members(erases):
 
 
 def test_without_a_kernel_it_is_the_portable_form():
-    write, read, values, gates, erase, state = arguments()
-    options = dict(binding="outer", segment_ids=SEGMENTS, initial_state=state)
-    found = kernels.accumulate(write, read, values, gates, erase, backend="ensemble", **options)
-    wanted = accumulate(write, read, values, gates, erase, **options)
+    *inputs, state = arguments()
+
+    def alone(run, **backend):
+        options = dict(binding="outer", segment_ids=SEGMENTS, initial_state=state, **backend)
+        return jax.jit(lambda *inputs: run(*inputs, **options))(*inputs)
+
+    found, wanted = alone(kernels.accumulate, backend="ensemble"), alone(accumulate)
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
@@ -107,7 +111,7 @@ def test_with_one_the_kernel_is_given_the_merged_batch(monkeypatch):
     stacked = [jnp.stack([x, x / 2, x / 3]) for x in long]
     found = jax.jit(jax.vmap(run))(*stacked)
     assert seen[-1] == (3 * B, 8 * T, H, D)
-    wanted = accumulate(*long, binding="outer")[0]
+    wanted = jax.jit(lambda *inputs: accumulate(*inputs, binding="outer")[0])(*long)
     np.testing.assert_allclose(found[0], wanted, rtol=1e-5, atol=1e-5)
 
 
