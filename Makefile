@@ -50,7 +50,7 @@ types: setup ## mypy on holo_jax and train
 	$(BIN)/mypy
 
 tests: setup ## pytest: all tests, or those that SELECT and TESTS name (SELECT='not slow' TESTS=tests/functional)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(if $(SELECT),-m '$(SELECT)') $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(if $(SELECT),-m '$(SELECT)') $(TESTS)
 
 quick: setup ## every evaluation at its quick size, results checked, in runs/quick (minutes)
 	$(BIN)/python -m eval.quick

@@ -50,11 +50,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests of more devices than there are, or of another platform; slow ones come first.
+    """Skips tests of more devices than there are, or of another platform; files with slow ones come first.
 
-    So that the last ones, for which only some processes are left, are short.
+    So that the last ones, for which only some processes are left, are short. A file stays in one piece, as
+    ``--dist loadfile`` gives it to a process: what its tests share is compiled once.
     """
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
         if item.get_closest_marker("cpu") and _platform != "cpu":
             item.add_marker(pytest.mark.skip(reason="is about CPUs"))

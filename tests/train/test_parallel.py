@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from holo_jax import parallel
@@ -23,7 +23,7 @@ from train.loop import build
 from train.model_functions import model_functions
 from train.run_config import RunConfig
 from train.sharding import MESH_AXES, batch_sharding, check_model, make_mesh, put_batch, replicated
-from train.step import StepFunctions
+from train.step import StepFunctions, TrainState
 
 STEPS, TIME, ROWS = 20, 20, 4
 pytestmark = pytest.mark.devices(8)
@@ -87,6 +87,19 @@ def compiled(
     return steps, steps.train.lower(steps.shapes, batch).compile()
 
 
+def begin(steps: StepFunctions, mesh: Mesh) -> TrainState:
+    key = np.asarray(jax.random.key_data(jax.random.key(0, impl="threefry2x32")))
+    return jax.device_get(steps.init(jax.device_put(key, replicated(mesh))))
+
+
+@functools.cache
+def begun(model: str) -> TrainState:
+    """As one device begins; that a mesh begins so too has a test of its own."""
+    config = config_of(model, (1, 1, 1, 1))
+    mesh = make_mesh(config.mesh)
+    return begin(build(config.model, config.optimizer, config.num_steps, mesh)[1], mesh)
+
+
 @functools.cache
 def curve(
     model: str,
@@ -99,8 +112,7 @@ def curve(
     fields = dict(mesh__transport=transport, mesh__reshard_after_forward=not kept, mesh__in_order=in_order)
     mesh = make_mesh(config_of(model, sizes).mesh)
     steps, train = compiled(model, sizes, **fields)
-    key = np.asarray(jax.random.key_data(jax.random.key(0, impl="threefry2x32")))
-    state = steps.init(jax.device_put(key, replicated(mesh)))
+    state = jax.device_put(begun(model), steps.shardings)
     values, moments = [], []
     for step in range(STEPS):
         state, metrics = train(state, put_batch(rows(step), 1, batch_sharding(mesh)))
@@ -108,6 +120,14 @@ def curve(
         if step == 0:
             moments = [np.asarray(leaf) for leaf in jax.tree.leaves(jax.device_get(state.opt_state))]
     return np.array(values), moments
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 1, 1), (2, 1, 2, 2)])
+def test_a_state_begins_with_the_same_bits_on_every_mesh(sizes: tuple[int, ...]) -> None:
+    config = config_of("holo", sizes)
+    mesh = make_mesh(config.mesh)
+    found = begin(build(config.model, config.optimizer, config.num_steps, mesh)[1], mesh)
+    jax.tree.map(np.testing.assert_array_equal, found, begun("holo"))
 
 
 @pytest.mark.parametrize(
