@@ -18,11 +18,11 @@ from configs.eval import choose
 # within 5% of 184M.
 _MAIN = (
     "holo_sum@2048 remat=none unroll=12 loss=8192 hd=896 gemm=cublas",
-    "holo@2048 remat=dots unroll=12 loss=4096",
+    "holo@2048 remat=dots unroll=12 loss=8192 hd=896",
     "attention@2048 remat=dots unroll=12",
     "seed@2048 remat=none unroll=12",
     "holo_sum@16384 remat=none unroll=12 loss=8192 hd=896 gemm=cublas",
-    "holo@16384 remat=dots unroll=12 loss=4096",
+    "holo@16384 remat=dots unroll=12 loss=8192 hd=896",
     "attention@16384 remat=dots unroll=12",
     "seed@16384 remat=none unroll=12",
 )
@@ -40,6 +40,15 @@ _LONG = (
     "holo@262144 remat=full",
     "holo_sum@16384 remat=full",
     "holo_sum@65536 remat=full",
+    "holo_sum@262144 remat=full",
+)
+# The same with as many tokens a step at every length: what a step costs whatever its tokens is 9% of 32,768.
+_EQUAL = (
+    "holo@16384 tokens=262144 remat=full",
+    "holo@65536 tokens=262144 remat=full",
+    "holo@262144 remat=full",
+    "holo_sum@16384 tokens=262144 remat=full",
+    "holo_sum@65536 tokens=262144 remat=full",
     "holo_sum@262144 remat=full",
 )
 # The least memory at every length: full recomputation; rows longer than that, in pieces of 8,192 tokens.
@@ -122,10 +131,10 @@ _VARIANTS = {
         parts=("peers", "train", "memory_op"),
         train=(
             *_MAIN,
-            "holo@2048 remat=dots unroll=12 loss=4096 hd=896",
+            "holo@2048 remat=dots unroll=12 loss=8192 hd=896 gemm=cublas",
             "holo_sum@2048 remat=none unroll=12 loss=8192 head=128",
         ),
-        train_long=(*_LONG[:3], _LEAST[0], _LEAST[-1], *_LONG[3:]),
+        train_long=(*_EQUAL, _LEAST[0], _LEAST[-1]),
         portable_chunks=(),
         profile=(),
         peers=("llama@2048", "seed@2048", "llama@16384", "seed@16384"),
