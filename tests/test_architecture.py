@@ -16,6 +16,18 @@ LAYERS = (
     "holo_jax.parallel",
     "holo_jax.ordered_sums",
     "holo_jax.functional",
+    "holo_jax.kernels.call",
+    "holo_jax.kernels.capability",
+    "holo_jax.kernels.mosaic",
+    "holo_jax.kernels.phasor_features",
+    "holo_jax.kernels.instructions",
+    "holo_jax.kernels.ensemble",
+    "holo_jax.kernels.hadamard",
+    "holo_jax.kernels.outer",
+    "holo_jax.kernels.hopper",
+    "holo_jax.kernels.block",
+    "holo_jax.kernels.products",
+    "holo_jax.kernels.decode",
     "holo_jax.kernels",
     "holo_jax.config",
     "holo_jax.layers",
@@ -93,6 +105,8 @@ def test_modules_say_what_they_do(path: Path) -> None:
 def test_layer_check_can_fail() -> None:
     assert (
         layer("holo_jax.functional.memory")
+        < layer("holo_jax.kernels.block.norms")
+        < layer("holo_jax.kernels")
         < layer("holo_jax.model")
         < layer("train.loop")
         < layer("eval.recall")

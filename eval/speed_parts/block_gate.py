@@ -17,8 +17,9 @@ from eval.speed_parts.gate import errors
 from eval.speed_parts.timing import failure
 from holo_jax.functional import accumulate, retrieval_scale
 from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
-from holo_jax.kernels import block, convolved_sum, hopper, linear_cross_entropy, swiglu, swiglu_runs
+from holo_jax.kernels import block, convolved_sum, linear_cross_entropy, swiglu, swiglu_runs
 from holo_jax.kernels.call import Call
+from holo_jax.kernels.hopper import backend as hopper
 from holo_jax.sequence import short_convolutions, with_tail
 
 # 16-bit operands and results: plain products in bfloat16 are off by up to 8e-3 on these inputs.

@@ -21,7 +21,7 @@ from holo_jax.functional import accumulate as definition
 
 NAMES = ("write_phases", "read_phases", "values", "gates", "erase", "initial_state")
 # 16-bit operands round by 2^-9. Where states are given or asked for, the erase gradient is a difference of
-# two products of about the size of the write gate's (see kernels.hopper), so it may be off by more.
+# two products of about the size of the write gate's (see kernels.hopper.backend), so it may be off by more.
 LIMITS = {"bfloat16": 2e-2, "float32": 1e-4}
 ERASE_LIMITS = {"bfloat16": 8e-2, "float32": 1e-3}
 # Backends of 16-bit values alone, and of sums alone.

@@ -13,9 +13,12 @@ from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.timing import Built, Job, compile_all, failure, median, missing, sample_seconds
 from holo_jax import kernels
 from holo_jax.functional import phases_at
-from holo_jax.kernels import Positions, hopper, triton, triton_positions
+from holo_jax.kernels import Positions
 from holo_jax.kernels.call import Call
-from holo_jax.kernels.triton_program import Tiling
+from holo_jax.kernels.hadamard import backend as triton
+from holo_jax.kernels.hadamard import positions as triton_positions
+from holo_jax.kernels.hadamard.program import Tiling
+from holo_jax.kernels.hopper import backend as hopper
 
 _SETS = 3  # input sets in rotation, so that no run finds its inputs in the cache
 

@@ -13,7 +13,10 @@ from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.generate.counts import Counts
 from holo_jax.generate.sampling import Plan, SamplingNumbers, noise
 from holo_jax.generate.stepping import Form, embed, logits_of
-from holo_jax.kernels import decode_choose, decode_mail, decode_scores, decode_stream
+from holo_jax.kernels.decode import choose as decode_choose
+from holo_jax.kernels.decode import mail as decode_mail
+from holo_jax.kernels.decode import scores as decode_scores
+from holo_jax.kernels.decode import stream as decode_stream
 from holo_jax.layers import embedding_std
 from holo_jax.model import HoloForCausalLM
 

@@ -9,15 +9,13 @@ import jax.numpy as jnp
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.config import HoloConfig
 from holo_jax.generate.pending import Held, Pending
-from holo_jax.kernels import (
-    decode_heads,
-    decode_join,
-    decode_plan,
-    decode_rows,
-    decode_rows_plan,
-    decode_shape,
-    decode_stream,
-)
+from holo_jax.kernels.decode import heads as decode_heads
+from holo_jax.kernels.decode import join as decode_join
+from holo_jax.kernels.decode import plan as decode_plan
+from holo_jax.kernels.decode import rows as decode_rows
+from holo_jax.kernels.decode import rows_plan as decode_rows_plan
+from holo_jax.kernels.decode import shape as decode_shape
+from holo_jax.kernels.decode import stream as decode_stream
 from holo_jax.model import HoloForCausalLM
 
 

@@ -22,14 +22,12 @@ from holo_jax.generate.pending import (
     supported,
 )
 from holo_jax.generate.reading import next_logits
-from holo_jax.kernels import (
-    capability,
-    decode_gate,
-    decode_plan,
-    decode_products,
-    decode_rows_plan,
-    decode_shape,
-)
+from holo_jax.kernels import capability
+from holo_jax.kernels.decode import gate as decode_gate
+from holo_jax.kernels.decode import plan as decode_plan
+from holo_jax.kernels.decode import products as decode_products
+from holo_jax.kernels.decode import rows_plan as decode_rows_plan
+from holo_jax.kernels.decode import shape as decode_shape
 from holo_jax.layers import embedding_std, lookup, project
 from holo_jax.mixers import Context
 from holo_jax.model import HoloForCausalLM, ModelState

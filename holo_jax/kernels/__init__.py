@@ -14,23 +14,19 @@ from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional import accumulate as _portable
 from holo_jax.functional import accumulate_parts as _parts
-from holo_jax.kernels import (
-    block,
-    capability,
-    ensemble,
-    hopper,
-    hopper_parts,
-    triton,
-    triton_outer,
-    triton_positions,
-)
+from holo_jax.kernels import block, capability, ensemble
+from holo_jax.kernels.block.convolved_sum import convolved_sum
 from holo_jax.kernels.call import READ_NAME, SCALED_NAME, Call
 from holo_jax.kernels.capability import BackendUnavailableError
-from holo_jax.kernels.convolved_sum import convolved_sum
-from holo_jax.kernels.linear_cross_entropy import linear_cross_entropy
+from holo_jax.kernels.hadamard import backend as triton
+from holo_jax.kernels.hadamard import positions as triton_positions
+from holo_jax.kernels.hadamard.positions import Positions
+from holo_jax.kernels.hopper import backend as hopper
+from holo_jax.kernels.hopper import parts as hopper_parts
+from holo_jax.kernels.outer import backend as triton_outer
 from holo_jax.kernels.phasor_features import phasor_features, sin_cos
-from holo_jax.kernels.swiglu import swiglu, swiglu_runs
-from holo_jax.kernels.triton_positions import Positions
+from holo_jax.kernels.products.linear_cross_entropy import linear_cross_entropy
+from holo_jax.kernels.products.swiglu import swiglu, swiglu_runs
 
 __all__ = [
     "AUTOMATIC",

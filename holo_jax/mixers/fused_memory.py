@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from holo_jax import kernels
 from holo_jax.array_types import Array, Float
-from holo_jax.kernels import hopper
 from holo_jax.kernels.call import Call
+from holo_jax.kernels.hopper import backend as hopper
 from holo_jax.layers import Linear, Normalization
 from holo_jax.mixers.context import Context
 from holo_jax.mixers.memory import MemoryMixer

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from holo_jax.functional import accumulate
-from holo_jax.kernels import hopper, hopper_parts
+from holo_jax.kernels.hopper import backend as hopper
+from holo_jax.kernels.hopper import parts as hopper_parts
 from tests.functional.cases import chained
 
 Calls = list[tuple[Any, ...]]
@@ -64,7 +65,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Calls:
         parent, _, own = name.rpartition(".")
         if parent:
             monkeypatch.setattr(sys.modules[parent], own, module, raising=False)
-    loss = sys.modules["holo_jax.kernels.linear_cross_entropy"]
+    loss = sys.modules["holo_jax.kernels.products.linear_cross_entropy"]
     for name, member in dict(exponentials=exponentials, ROWS=16, COLUMNS=32).items():
         monkeypatch.setattr(loss, name, member)
     monkeypatch.setattr(hopper, "missing", lambda: None)

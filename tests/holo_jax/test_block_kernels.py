@@ -18,7 +18,7 @@ from tests.holo_jax.kernel_package import install
 def kernels(monkeypatch):
     """Calls of the package that stands in for the kernels, as on one device."""
     calls = install(monkeypatch)
-    for module in ("holo_jax.kernels.swiglu", "holo_jax.kernels.linear_cross_entropy"):
+    for module in ("holo_jax.kernels.products.swiglu", "holo_jax.kernels.products.linear_cross_entropy"):
         monkeypatch.setattr(sys.modules[module], "partitioned", lambda: False)
     return calls
 

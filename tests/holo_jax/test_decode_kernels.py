@@ -7,14 +7,12 @@ import pytest
 
 from holo_jax.functional.memory.state import compensated_add
 from holo_jax.generate import stepping
-from holo_jax.kernels import (
-    capability,
-    decode_gate,
-    decode_join,
-    decode_plan,
-    decode_products,
-    decode_shape,
-)
+from holo_jax.kernels import capability
+from holo_jax.kernels.decode import gate as decode_gate
+from holo_jax.kernels.decode import join as decode_join
+from holo_jax.kernels.decode import plan as decode_plan
+from holo_jax.kernels.decode import products as decode_products
+from holo_jax.kernels.decode import shape as decode_shape
 from holo_jax.precision import FULL, MIXED
 from tests.holo_jax.models import variant_config
 

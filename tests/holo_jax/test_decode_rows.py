@@ -9,7 +9,10 @@ from holo_jax.config import HoloConfig
 from holo_jax.generate import decoding_form, prefill, stack
 from holo_jax.generate.decoding import loop_state
 from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, step
-from holo_jax.kernels import capability, decode_plan, decode_rows_plan, decode_shape
+from holo_jax.kernels import capability
+from holo_jax.kernels.decode import plan as decode_plan
+from holo_jax.kernels.decode import rows_plan as decode_rows_plan
+from holo_jax.kernels.decode import shape as decode_shape
 from holo_jax.precision import FULL, MIXED
 from tests.holo_jax.models import build
 

@@ -10,7 +10,9 @@ from holo_jax.generate.drawing import drawing_of, first_input, next_token
 from holo_jax.generate.forms import decoding_form
 from holo_jax.generate.sampling import Sampling, draw, row_keys
 from holo_jax.generate.stepping import Form, embed, logits_of, pack
-from holo_jax.kernels import decode_choose, decode_mail, decode_scores
+from holo_jax.kernels.decode import choose as decode_choose
+from holo_jax.kernels.decode import mail as decode_mail
+from holo_jax.kernels.decode import scores as decode_scores
 from tests.holo_jax.models import build
 from tests.holo_jax.test_pending import small
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from holo_jax.kernels import erase_gradients, mosaic
-from holo_jax.kernels.chunk_tiles import CHUNK, WIDTH
+from holo_jax.kernels import mosaic
+from holo_jax.kernels.hopper import erase_gradients
+from holo_jax.kernels.hopper.chunk_tiles import CHUNK, WIDTH
 
 B, H, CHUNKS = 2, 2, 3
 T = CHUNKS * CHUNK

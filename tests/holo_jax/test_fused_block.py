@@ -14,8 +14,9 @@ from eval.speed_parts import block_gate
 from holo_jax import kernels
 from holo_jax.config import HoloConfig
 from holo_jax.functional import accumulate
-from holo_jax.kernels import hopper, triton
 from holo_jax.kernels.block import uses
+from holo_jax.kernels.hadamard import backend as triton
+from holo_jax.kernels.hopper import backend as hopper
 from holo_jax.mixers import fused_memory
 from holo_jax.model import HoloForCausalLM, _remat
 from holo_jax.parallel import rounded_once
@@ -33,7 +34,7 @@ class Settings:
 def interpreted(monkeypatch):
     """Kernels run in the interpreter; the memory that reads features is the portable one."""
     monkeypatch.setattr(triton, "missing", lambda: None)
-    monkeypatch.setattr("holo_jax.kernels.block.partitioned", lambda: False)
+    monkeypatch.setattr("holo_jax.kernels.block.support.partitioned", lambda: False)
     calls = []
 
     def choose(call, backend):

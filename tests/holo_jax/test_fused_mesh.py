@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from holo_jax.kernels import block, triton
+from holo_jax.kernels.block import support
+from holo_jax.kernels.hadamard import backend as triton
 from holo_jax.parallel import MESH_AXES
 from tests.train.common import micro_config
 from train.loop import build
@@ -33,9 +34,9 @@ MODELS: dict[str, dict[str, Any]] = {
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Kernels run in the interpreter, on one device too."""
     monkeypatch.setattr(triton, "missing", lambda: None)
-    partitioned = block.partitioned
+    partitioned = support.partitioned
     monkeypatch.setattr(
-        block, "partitioned", lambda: partitioned() and not jax.sharding.get_abstract_mesh().empty
+        support, "partitioned", lambda: partitioned() and not jax.sharding.get_abstract_mesh().empty
     )
     jax.config.update("jax_disable_most_optimizations", True)  # the time goes into compiling
     yield

@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 
 from holo_jax.functional import accumulate
-from holo_jax.kernels import (
-    forward_walk,
-    hopper,
-    hopper_erase,
-    mosaic,
-    piece_maps,
-    piece_states,
-    reverse_walk,
-)
+from holo_jax.kernels import mosaic
 from holo_jax.kernels.call import Call
-from holo_jax.kernels.chunk_tiles import CHUNK, WIDTH
+from holo_jax.kernels.hopper import backend as hopper
+from holo_jax.kernels.hopper import erase as hopper_erase
+from holo_jax.kernels.hopper import forward_walk, piece_maps, piece_states, reverse_walk
+from holo_jax.kernels.hopper.chunk_tiles import CHUNK, WIDTH
 
 
 def draw(b: int, t: int, h: int) -> dict[str, np.ndarray]:

@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 from holo_jax import kernels
 from holo_jax.functional import MemoryState, accumulate
-from holo_jax.kernels import hopper
-from holo_jax.kernels.hopper_parts import joined
+from holo_jax.kernels.hopper import backend as hopper
+from holo_jax.kernels.hopper.parts import joined
 
 B, H, M, D = 2, 2, 32, 64
 

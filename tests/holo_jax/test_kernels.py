@@ -7,10 +7,13 @@ import pytest
 
 from holo_jax import kernels
 from holo_jax.functional import MemoryState, accumulate
-from holo_jax.kernels import BackendUnavailableError, hopper, triton, triton_outer
+from holo_jax.kernels import BackendUnavailableError
 from holo_jax.kernels.call import Call, total_writes
-from holo_jax.kernels.linear_cross_entropy import unsupported as loss_unsupported
-from holo_jax.kernels.swiglu import unsupported as swiglu_unsupported
+from holo_jax.kernels.hadamard import backend as triton
+from holo_jax.kernels.hopper import backend as hopper
+from holo_jax.kernels.outer import backend as triton_outer
+from holo_jax.kernels.products.linear_cross_entropy import unsupported as loss_unsupported
+from holo_jax.kernels.products.swiglu import unsupported as swiglu_unsupported
 
 B, T, H, M, D = 2, 129, 2, 32, 64
 

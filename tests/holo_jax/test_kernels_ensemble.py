@@ -7,8 +7,9 @@ import pytest
 
 from holo_jax import kernels
 from holo_jax.functional import MemoryState, accumulate
-from holo_jax.kernels import ensemble, hopper
+from holo_jax.kernels import ensemble
 from holo_jax.kernels.call import Call
+from holo_jax.kernels.hopper import backend as hopper
 
 B, T, H, M, D = 2, 9, 2, 3, 4
 

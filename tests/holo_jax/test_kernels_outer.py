@@ -9,10 +9,12 @@ import pytest
 
 from holo_jax import kernels
 from holo_jax.functional import MemoryState, accumulate
-from holo_jax.kernels import BackendUnavailableError, hopper, triton_outer
+from holo_jax.kernels import BackendUnavailableError
+from holo_jax.kernels.block.convolved_sum import convolved_sum
 from holo_jax.kernels.call import Call
-from holo_jax.kernels.convolved_sum import convolved_sum
-from holo_jax.kernels.triton_outer_program import Shape, Tiling
+from holo_jax.kernels.hopper import backend as hopper
+from holo_jax.kernels.outer import backend as triton_outer
+from holo_jax.kernels.outer.program import Shape, Tiling
 
 B, H, M, D = 2, 2, 16, 32
 SMALL = Tiling(32, *(Shape(16),) * 4)

@@ -10,9 +10,11 @@ import pytest
 from holo_jax import kernels
 from holo_jax.functional import MemoryState, accumulate, phases_at
 from holo_jax.functional.segments import borders
-from holo_jax.kernels import BackendUnavailableError, Positions, triton, triton_positions
+from holo_jax.kernels import BackendUnavailableError, Positions
 from holo_jax.kernels.call import Call
-from holo_jax.kernels.triton_program import Tiling
+from holo_jax.kernels.hadamard import backend as triton
+from holo_jax.kernels.hadamard import positions as triton_positions
+from holo_jax.kernels.hadamard.program import Tiling
 
 B, H, D = 2, 2, 32
 SMALL = Tiling(rows=4, steps=2, channels=32)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from holo_jax.functional.cross_entropy import IGNORE
-from holo_jax.kernels import linear_cross_entropy, logit_exponentials, mosaic
+from holo_jax.kernels import linear_cross_entropy, mosaic
+from holo_jax.kernels.products import logit_exponentials
 from tests.holo_jax.kernel_package import install
 
 WIDTH, VOCABULARY = 64, 50
@@ -17,7 +18,9 @@ Inputs = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 @pytest.fixture
 def kernels(monkeypatch):
-    monkeypatch.setattr(sys.modules["holo_jax.kernels.linear_cross_entropy"], "partitioned", lambda: False)
+    monkeypatch.setattr(
+        sys.modules["holo_jax.kernels.products.linear_cross_entropy"], "partitioned", lambda: False
+    )
     return install(monkeypatch)
 
 

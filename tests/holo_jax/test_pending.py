@@ -17,14 +17,12 @@ from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, l
 from holo_jax.generate.forms import is_split, owned
 from holo_jax.generate.pending import Token
 from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, step
-from holo_jax.kernels import (
-    capability,
-    decode_choose,
-    decode_gate,
-    decode_plan,
-    decode_products,
-    decode_scores,
-)
+from holo_jax.kernels import capability
+from holo_jax.kernels.decode import choose as decode_choose
+from holo_jax.kernels.decode import gate as decode_gate
+from holo_jax.kernels.decode import plan as decode_plan
+from holo_jax.kernels.decode import products as decode_products
+from holo_jax.kernels.decode import scores as decode_scores
 from holo_jax.mixers import MemoryMixerState
 from holo_jax.model import HoloForCausalLM
 from holo_jax.precision import FULL, MIXED

@@ -10,8 +10,9 @@ import pytest
 from eval.speed_parts.models import Size, model_config
 from holo_jax import kernels
 from holo_jax.functional.stacks import splits_stacks
-from holo_jax.kernels import capability, hopper
+from holo_jax.kernels import capability
 from holo_jax.kernels.capability import compute_capability, installed_version, partitioned, planned_for
+from holo_jax.kernels.hopper import backend as hopper
 from holo_jax.mixers.attention_shapes import attention_shapes
 from holo_jax.target import Card, platform, told
 from train.model_functions import model_functions

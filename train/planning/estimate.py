@@ -7,8 +7,8 @@ from typing import Any
 
 from jax.sharding import AbstractMesh, AxisType
 
-from holo_jax.kernels import hopper
 from holo_jax.kernels.capability import planned_for
+from holo_jax.kernels.hopper import backend as hopper
 from holo_jax.model import count_parameters
 from holo_jax.parallel import TENSOR
 from train.model_functions import model_functions

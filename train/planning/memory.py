@@ -22,7 +22,7 @@ from holo_jax.config import HoloConfig
 from holo_jax.exchange import Exchange
 from holo_jax.kernels.block import uses
 from holo_jax.kernels.capability import planned_for
-from holo_jax.kernels.linear_cross_entropy import unsupported as loss_unsupported
+from holo_jax.kernels.products.linear_cross_entropy import unsupported as loss_unsupported
 from holo_jax.parallel import exchanging
 from holo_jax.target import Card
 from train.model_functions import model_functions

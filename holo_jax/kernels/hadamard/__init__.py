@@ -1,0 +1,1 @@
+"""The elementwise memory by Triton (backend ``triton``): Ampere, Ada and Hopper."""

@@ -1,0 +1,1 @@
+"""The outer-product memory on Hopper (backend ``hopper``): kernels of jax-linear-attention and our own."""

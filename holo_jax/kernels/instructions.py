@@ -1,0 +1,73 @@
+"""Sine, cosine, reciprocal and power of two inside kernels, by the hardware's instructions or without.
+
+``approximate`` is for kernels that Triton compiles; the interpreter has no such instructions.
+"""
+
+import math
+import struct
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import triton as plgpu
+
+from holo_jax.array_types import Array
+from holo_jax.kernels.phasor_features import HIGH, LOW, sin_cos_reduced
+
+_TURNS = 1.0 / (2.0 * math.pi)
+
+
+def _literal(x: float) -> str:
+    return "0f" + struct.pack(">f", x).hex().upper()
+
+
+# The reduction of phasor_features; adding and taking away 1.5 * 2^23 rounds to the nearest integer.
+_REDUCE = f"""{{
+    .reg .f32 n, r;
+    fma.rn.f32 n, $1, {_literal(_TURNS)}, {_literal(12582912.0)};
+    sub.rn.f32 n, n, {_literal(12582912.0)};
+    fma.rn.f32 r, n, {_literal(-HIGH)}, $1;
+    fma.rn.f32 $0, n, {_literal(-LOW)}, r;
+}}"""
+
+
+def sin_cos(phases: Array, approximate: bool) -> tuple[Array, Array]:
+    """Sine and cosine of float32 phases, within 7e-7 for |phase| up to 1e4."""
+    if not approximate:
+        return sin_cos_reduced(phases, jnp.floor(phases * _TURNS + 0.5))
+    return sin_cos_near(_instruction(_REDUCE, phases), approximate)
+
+
+def sin_cos_near(phases: Array, approximate: bool) -> tuple[Array, Array]:
+    """``sin_cos`` of phases between -pi and pi."""
+    if not approximate:
+        return sin_cos_reduced(phases, jnp.zeros_like(phases))
+    return _instruction("sin.approx.f32 $0, $1;", phases), _instruction("cos.approx.f32 $0, $1;", phases)
+
+
+def turn_units(phases: Array, approximate: bool) -> Array:
+    """float32 phases modulo a turn in units of 2^-16 turns, int16, rounded to the nearest."""
+    if approximate:
+        reduced = _instruction(_REDUCE, phases) * _TURNS
+    else:
+        reduced = phases * _TURNS
+        reduced = reduced - jnp.floor(reduced + 0.5)
+    # Half a turn is 2^15, which wraps around to -2^15: the same phase.
+    return jnp.floor(reduced * 2.0**16 + 0.5).astype(jnp.int32).astype(jnp.int16)
+
+
+def reciprocal(x: Array, approximate: bool) -> Array:
+    """``1 / x`` of float32 away from 0 and infinity; the hardware's is off by one in the last place."""
+    return _instruction("rcp.approx.ftz.f32 $0, $1;", x) if approximate else 1.0 / x
+
+
+def exp2(x: Array, approximate: bool) -> Array:
+    """``2^x`` of float32; the hardware's is off by two in the last place, and 0 below 2^-126."""
+    return _instruction("ex2.approx.ftz.f32 $0, $1;", x) if approximate else jnp.exp2(x)
+
+
+def _instruction(text: str, x: Array) -> Array:
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    (result,) = plgpu.elementwise_inline_asm(
+        text, args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[shape]
+    )
+    return result
