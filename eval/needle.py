@@ -23,7 +23,7 @@ import optax
 from eval import common, haystack, models, needle_view
 from eval.common import Reporter
 from eval.failures import as_status
-from eval.grid import Grid, choose_rate, select_rate, train
+from eval.grid import Grid, choose_rate, once, select_rate, train
 from eval.results import absent, exact, mean, proportion
 from holo_jax.array_types import Array
 from holo_jax.config import HoloConfig
@@ -174,8 +174,8 @@ def run_model(name: str, settings: Settings, reporter: Reporter) -> None:
         return jnp.mean(answer_logits(functions, params, batch).argmax(-1) == batch[-1])
 
     test_key = jax.random.key(2**31 - 1)
-    held_out = jax.jit(lambda k: training_batch(k, settings))(jax.random.fold_in(test_key, 0))
-    scores = jax.jit(jax.vmap(jax.vmap(right, (0, None)), (0, None)))(trained.params, held_out)
+    held_out = once(lambda k: training_batch(k, settings))(jax.random.fold_in(test_key, 0))
+    scores = once(jax.vmap(jax.vmap(right, (0, None)), (0, None)))(trained.params, held_out)
     scores = trained.score(scores)
     best = choose_rate(scores)
     params = select_rate(trained.params, best)

@@ -23,7 +23,7 @@ from flax import nnx
 from eval import common, models
 from eval.common import Reporter
 from eval.decoders import error, make_book
-from eval.grid import Grid, choose_rate, select_rate, train
+from eval.grid import Grid, choose_rate, once, select_rate, train
 from eval.results import exact, mean
 from holo_jax import HoloConfig
 from holo_jax.array_types import Array, Float, Int
@@ -133,11 +133,11 @@ def run_model(name: str, settings: Settings, reporter: Reporter, key: Array) -> 
     over_rates = jax.vmap(
         jax.vmap(lambda p, k: measured(p, k, settings.train_pairs)[0], (0, None)), (0, None)
     )
-    best = choose_rate(-np.asarray(jax.jit(over_rates)(trained.params, jax.random.fold_in(key, 1))))
+    best = choose_rate(-np.asarray(once(over_rates)(trained.params, jax.random.fold_in(key, 1))))
     params = select_rate(trained.params, best)
     where = {"section": "presets", "model": name}
     for pairs in settings.test_pairs:
-        over_seeds = jax.jit(jax.vmap(lambda p, k, n=pairs: measured(p, k, n), (0, None)))
+        over_seeds = once(jax.vmap(lambda p, k, n=pairs: measured(p, k, n), (0, None)))
         mse, accuracy = over_seeds(params, jax.random.fold_in(key, 1 + pairs))
         reporter.add(
             mean("accuracy", np.asarray(accuracy), pairs=pairs, **where),

@@ -24,7 +24,7 @@ import optax
 from eval import common, models, mqar, recall_view
 from eval.common import Reporter
 from eval.failures import as_status
-from eval.grid import Grid, choose_rate, select_rate, train
+from eval.grid import Grid, choose_rate, once, select_rate, train
 from eval.published import MQAR, MQAR_CITATION
 from eval.results import Value, absent, exact, mean, proportion, published
 from holo_jax.array_types import Array
@@ -163,8 +163,8 @@ def run_model(name: str, settings: Settings, reporter: Reporter, tests: dict, ke
     def right(params, packed):
         return (packed.weights * (query_logits(functions, params, packed).argmax(-1) == packed.answers)).sum()
 
-    held_out = jax.jit(lambda k: validation_batch(k, settings))(jax.random.fold_in(key, 1))
-    scores = jax.jit(jax.vmap(jax.vmap(right, (0, None)), (0, None)))(trained.params, held_out)
+    held_out = once(lambda k: validation_batch(k, settings))(jax.random.fold_in(key, 1))
+    scores = once(jax.vmap(jax.vmap(right, (0, None)), (0, None)))(trained.params, held_out)
     scores = trained.score(scores)
     best = choose_rate(scores)
     params = select_rate(trained.params, best)
@@ -237,7 +237,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
     # On the host, where a program as small as this one is compiled in no time.
     with jax.default_device(_host()):
         for number, (length, pairs) in enumerate(settings.test):
-            make = jax.jit(functools.partial(test_batches, settings=settings, length=length, pairs=pairs))
+            make = once(functools.partial(test_batches, settings=settings, length=length, pairs=pairs))
             tests[length, pairs] = jax.tree.map(np.asarray, make(jax.random.fold_in(test_key, number)))
     reporter.steps.expect(len(settings.select) * (settings.grid.steps + len(settings.test)))
     for name in settings.select:

@@ -13,12 +13,16 @@ Pure functions are in ``holo_jax.functional``; reading and generating in ``holo_
 >>> result = generate(run.model, [run.tokenizer.encode("def ")], max_new_tokens=64)
 """
 
-from holo_jax import functional
-from holo_jax.config import HoloConfig
-from holo_jax.model import CausalLMOutput, HoloForCausalLM, HoloModel, ModelState, init_state
-from holo_jax.precision import FULL, MIXED, Precision
-from holo_jax.pretrained import Pretrained, load_pretrained
-from holo_jax.state_io import load_state, save_state
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from holo_jax import functional
+    from holo_jax.config import HoloConfig
+    from holo_jax.model import CausalLMOutput, HoloForCausalLM, HoloModel, ModelState, init_state
+    from holo_jax.precision import FULL, MIXED, Precision
+    from holo_jax.pretrained import Pretrained, load_pretrained
+    from holo_jax.state_io import load_state, save_state
 
 __version__ = "0.1.0"
 
@@ -38,3 +42,26 @@ __all__ = [
     "load_state",
     "save_state",
 ]
+
+# Imported when asked for: tokenizers and manifests, which workers of ``train.prepare`` want, need no jax.
+_HOMES = {
+    "config": ("HoloConfig",),
+    "model": ("CausalLMOutput", "HoloForCausalLM", "HoloModel", "ModelState", "init_state"),
+    "precision": ("FULL", "MIXED", "Precision"),
+    "pretrained": ("Pretrained", "load_pretrained"),
+    "state_io": ("load_state", "save_state"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "functional":
+        return importlib.import_module("holo_jax.functional")
+    if name not in _HOME:
+        raise AttributeError(f"module 'holo_jax' has no attribute {name!r}")
+    found = globals()[name] = getattr(importlib.import_module(f"holo_jax.{_HOME[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

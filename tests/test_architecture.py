@@ -1,6 +1,8 @@
-"""Imports go down the layers only; public modules are documented."""
+"""Imports go down the layers only, and only when needed; public modules are documented."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,4 +112,17 @@ def test_layer_check_can_fail() -> None:
         < layer("holo_jax.model")
         < layer("train.loop")
         < layer("eval.recall")
+    )
+
+
+def test_names_are_imported_when_asked_for() -> None:
+    """What needs no jax does not wait for it: tokenizers, manifests and the workers of ``train.prepare``."""
+    program = (
+        "import sys, holo_jax, train.prepare; assert not {'jax', 'flax'} & set(sys.modules); "
+        "assert {getattr(holo_jax, name) is not None for name in holo_jax.__all__} == {True}; "
+        "assert set(holo_jax.__all__) <= set(dir(holo_jax)); holo_jax.what_is_not_there"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1] == (
+        "AttributeError: module 'holo_jax' has no attribute 'what_is_not_there'"
     )

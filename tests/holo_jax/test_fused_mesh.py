@@ -14,7 +14,7 @@ from holo_jax.parallel import MESH_AXES
 from tests.train.common import micro_config
 from train.loop import build
 from train.sharding import batch_sharding, make_mesh, put_batch, replicated
-from train.step import StepFunctions
+from train.step import StepFunctions, TrainState
 
 pytestmark = [pytest.mark.devices(8), pytest.mark.slow]
 ROWS, TIME = 4, 64
@@ -60,20 +60,30 @@ def make_steps(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[StepF
     return steps, batch, steps.train.trace(steps.shapes, batch)
 
 
-def first_step(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[str, list[np.ndarray]]:
-    """The traced step; loss, gradient norm and moments (the gradients) after the first."""
-    steps, batch, traced = make_steps(model, sizes, **fields)
-    key = np.asarray(jax.random.key_data(jax.random.key(0, impl="threefry2x32")))
-    state = steps.init(jax.device_put(key, replicated(batch["tokens"].sharding.mesh)))
-    after, metrics = traced.lower().compile()(state, batch)
-    found = [metrics.loss, metrics.grad_norm, *jax.tree.leaves(after.opt_state)]
-    return str(traced.jaxpr), [np.asarray(x) for x in jax.device_get(found)]
+PLAIN: dict[str, Any] = dict(model__remat="dots", model__block_backend="portable")
 
 
 @functools.cache
-def plain_step(model: str) -> tuple[str, list[np.ndarray]]:
+def begun(model: str) -> TrainState:
+    """As one device begins, and every mesh (``tests.train.test_parallel``)."""
+    steps, batch, _ = make_steps(model, (1, 1, 1, 1), **PLAIN)
+    key = np.asarray(jax.random.key_data(jax.random.key(0, impl="threefry2x32")))
+    return jax.device_get(steps.init(jax.device_put(key, replicated(batch["tokens"].sharding.mesh))))
+
+
+def first_step(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[Any, Any, list[np.ndarray]]:
+    """The step traced and lowered; loss, gradient norm and moments (the gradients) after the first."""
+    steps, batch, traced = make_steps(model, sizes, **fields)
+    lowered = traced.lower()
+    after, metrics = lowered.compile()(jax.device_put(begun(model), steps.shardings), batch)
+    found = [metrics.loss, metrics.grad_norm, *jax.tree.leaves(after.opt_state)]
+    return traced, lowered, [np.asarray(x) for x in jax.device_get(found)]
+
+
+@functools.cache
+def plain_step(model: str) -> tuple[Any, Any, list[np.ndarray]]:
     """One device without kernels; what is computed again changes no number."""
-    return first_step(model, (1, 1, 1, 1), model__remat="dots", model__block_backend="portable")
+    return first_step(model, (1, 1, 1, 1), **PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -85,9 +95,9 @@ def plain_step(model: str) -> tuple[str, list[np.ndarray]]:
     ],
 )
 def test_a_step_is_that_of_one_device(model: str, sizes: tuple[int, ...], remat: str) -> None:
-    program, found = first_step(model, sizes, model__remat=remat)
-    plain, want = plain_step(model)
-    assert "norm_forward" in program and "norm_forward" not in plain
+    traced, _, found = first_step(model, sizes, model__remat=remat)
+    plain, _, want = plain_step(model)
+    assert "norm_forward" in str(traced.jaxpr) and "norm_forward" not in str(plain.jaxpr)
     for got, expected in zip(found, want, strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
@@ -105,13 +115,13 @@ def test_sums_of_blocks_are_in_order(monkeypatch: pytest.MonkeyPatch, transport:
     monkeypatch.setattr("holo_jax.model.splits_stacks", lambda: True)
     layers = MODELS["holo"]["model__num_hidden_layers"]
     fields = dict(model__remat="dots", model__scan_unroll=layers)
-    _, want = plain_step("holo")
+    *_, want = plain_step("holo")
     over = fields | dict(mesh__reduce_dtype=dtype, mesh__transport=transport, mesh__in_order=True)
-    _, found = first_step("holo", (4, 1, 1, 1), **over)
+    _, lowered, found = first_step("holo", (4, 1, 1, 1), **over)
     tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == "float32" else dict(rtol=2e-2, atol=2e-4)
     for got, expected in zip(found, want, strict=True):
         np.testing.assert_allclose(got, expected, **tolerance)
-    text = make_steps("holo", (4, 1, 1, 1), **over)[2].lower().as_text()
+    text = lowered.as_text()
     names = {"embedding", "period 0", "period 1", "following"}
     if transport == "collectives":
         assert set(re.findall(r'combiner_key = "([^"]+)"', text)) == names
