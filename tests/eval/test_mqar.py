@@ -79,7 +79,7 @@ def test_packing_by_hand():
         answers=jnp.array([[9], [8], [7]]),
     )
     long = Examples(jnp.array([[1, 9, 2, 8, 2, 1, 0, 0]]), jnp.array([[5, 4]]), jnp.array([[9, 8]]))
-    packed = mqar.pack([short, long], 9)
+    packed = jax.jit(lambda examples: mqar.pack(examples, 9))([short, long])
     assert packed.tokens.tolist() == [
         [1, 9, 1, 0, 2, 8, 2, 0, 0],
         [3, 7, 3, 0, 0, 0, 0, 0, 0],
