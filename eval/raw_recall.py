@@ -27,8 +27,9 @@ from eval.grid import Grid, choose_rate, once, select_rate, train
 from eval.results import exact, mean
 from holo_jax import HoloConfig
 from holo_jax.array_types import Array, Float, Int
+from holo_jax.blocks import Block
 from holo_jax.mixers import Context
-from holo_jax.model import Block, positional_turns
+from holo_jax.model import positional_turns
 
 
 @dataclasses.dataclass(frozen=True)

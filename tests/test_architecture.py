@@ -35,6 +35,7 @@ LAYERS = (
     "holo_jax.layers",
     "holo_jax.sequence",
     "holo_jax.mixers",
+    "holo_jax.blocks",
     "holo_jax.model",
     "holo_jax.generate",
     "holo_jax.state_io",

@@ -75,6 +75,14 @@ def compute_capability() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
+def triton_missing() -> str | None:
+    """Why no kernel that Triton compiles can run here, or None."""
+    capability = compute_capability()
+    if capability is None or capability < (8, 0):
+        return "its kernels need an NVIDIA GPU of compute capability 8.0 or higher"
+    return None
+
+
 def multiprocessors() -> int:
     """Of the device that a computation traced now will run on; 0 where it does not say."""
     card = told()

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from holo_jax.blocks import rematerialised
 from holo_jax.functional.cross_entropy import IGNORE, chunked_cross_entropy
 from holo_jax.kernels import linear_cross_entropy, swiglu
 from holo_jax.kernels import linear_cross_entropy as loss_entry
-from holo_jax.model import _remat
 from tests.holo_jax.kernel_package import install
 
 
@@ -104,7 +104,7 @@ def test_what_kernels_made_is_not_computed_twice(remat, runs):
     op.defvjp(lambda x: (kernel(x),) * 2, lambda y, cotangent: (y * cotangent,))
 
     def loss(x):
-        body = _remat(lambda x: jnp.cos(op(jnp.exp(x))), remat, looped=False)
+        body = rematerialised(lambda x: jnp.cos(op(jnp.exp(x))), remat, looped=False)
         return jnp.sum(body(x))
 
     text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones(3)))

@@ -12,13 +12,13 @@ from jax._src.ad_checkpoint import saved_residuals
 from eval.common import Reporter
 from eval.speed_parts import block_gate
 from holo_jax import kernels
+from holo_jax.blocks import rematerialised
 from holo_jax.config import HoloConfig
 from holo_jax.functional import accumulate
 from holo_jax.kernels.block import uses
-from holo_jax.kernels.hadamard import backend as triton
 from holo_jax.kernels.hopper import backend as hopper
 from holo_jax.mixers import fused_memory
-from holo_jax.model import HoloForCausalLM, _remat
+from holo_jax.model import HoloForCausalLM
 from holo_jax.parallel import rounded_once
 from holo_jax.precision import FULL
 
@@ -33,7 +33,7 @@ class Settings:
 @pytest.fixture
 def interpreted(monkeypatch):
     """Kernels run in the interpreter; the memory that reads features is the portable one."""
-    monkeypatch.setattr(triton, "missing", lambda: None)
+    monkeypatch.setattr("holo_jax.kernels.block.support.triton_missing", lambda: None)
     monkeypatch.setattr("holo_jax.kernels.block.support.partitioned", lambda: False)
     calls = []
 
@@ -145,7 +145,7 @@ def test_scaled_values_are_kept_in_place_of_values(interpreted):
     np.testing.assert_allclose(found[0], jnp.cos(scaled) * factors[..., None], rtol=1e-5, atol=1e-6)
     wanted = jnp.sum(jnp.cos(scaled) * values, axis=-1).at[0, 3].set(0.0)
     np.testing.assert_allclose(found[1], wanted, rtol=1e-4, atol=1e-5)
-    body = _remat(body, "dots", looped=False)
+    body = rematerialised(body, "dots", looped=False)
     residuals = saved_residuals(body, values, factors)
     kept = [aval.shape for aval, source in residuals if "argument" not in source]
     assert kept == [scaled.shape]
@@ -160,7 +160,7 @@ def test_rounded_weights_are_kept_where_blocks_are_unrolled(looped):
         assert rounded.dtype == weight.dtype
         return jnp.sin(x @ rounded.astype(x.dtype))
 
-    residuals = saved_residuals(_remat(body, "dots", looped=looped), weight, x)
+    residuals = saved_residuals(rematerialised(body, "dots", looped=looped), weight, x)
     kept = [aval.dtype for aval, _ in residuals if aval.shape == weight.shape]
     assert (jnp.bfloat16 in kept) is not looped
     gradient = jax.grad(lambda weight: jnp.sum(body(weight, x).astype(jnp.float32)))(weight)

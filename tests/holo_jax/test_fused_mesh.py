@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from holo_jax.kernels.block import support
-from holo_jax.kernels.hadamard import backend as triton
 from holo_jax.parallel import MESH_AXES
 from tests.train.common import micro_config
 from train.loop import build
@@ -33,7 +32,7 @@ MODELS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Kernels run in the interpreter, on one device too."""
-    monkeypatch.setattr(triton, "missing", lambda: None)
+    monkeypatch.setattr("holo_jax.kernels.block.support.triton_missing", lambda: None)
     partitioned = support.partitioned
     monkeypatch.setattr(
         support, "partitioned", lambda: partitioned() and not jax.sharding.get_abstract_mesh().empty

@@ -140,8 +140,8 @@ def test_hopper_is_chosen_only_for_what_it_supports(monkeypatch, change, reason)
 def test_what_ampere_and_ada_run(monkeypatch, capability):
     """Both memories by our kernels; with erase, denoiser and loss as products of XLA."""
     hopper_present(monkeypatch, capability)
+    monkeypatch.setattr(kernels.capability, "compute_capability", lambda: capability)
     for module in (triton, triton_outer):
-        monkeypatch.setattr(module, "compute_capability", lambda: capability)
         monkeypatch.setattr(module, "partitioned", lambda: False)
     phases, _, values, gates, erase, *_ = arguments(jnp.bfloat16)
     assert kernels.choose(Call(phases, phases, values, gates, erase, "outer")) == "portable"

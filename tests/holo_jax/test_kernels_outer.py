@@ -218,7 +218,7 @@ def call(dtype=jnp.bfloat16, time=128, m=32, d=64, binding="outer", **options):
     ],
 )
 def test_chosen_only_for_what_it_supports(monkeypatch, change, capability, reason):
-    monkeypatch.setattr(triton_outer, "compute_capability", lambda: capability)
+    monkeypatch.setattr(kernels.capability, "compute_capability", lambda: capability)
     monkeypatch.setattr(triton_outer, "partitioned", lambda: False)
     asked = call(**change)
     if reason is None:
@@ -233,8 +233,9 @@ def test_chosen_only_for_what_it_supports(monkeypatch, change, capability, reaso
 
 def test_which_of_two_kernels_runs(monkeypatch):
     """Our own the sums of heads that were timed; those of jax-linear-attention the others, and parts."""
-    for module in (hopper, triton_outer):
+    for module in (hopper, kernels.capability):
         monkeypatch.setattr(module, "compute_capability", lambda: (9, 0))
+    for module in (hopper, triton_outer):
         monkeypatch.setattr(module, "partitioned", lambda: False)
     monkeypatch.setattr(hopper, "installed_version", lambda *_: hopper.VERSION)
     assert kernels.choose(call()) == "triton_outer" and kernels.choose(call(), "hopper") == "hopper"

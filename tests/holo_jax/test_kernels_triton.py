@@ -220,7 +220,7 @@ def call(dtype=jnp.bfloat16, time=128, d=D, binding="hadamard", **options):
     ],
 )
 def test_triton_is_chosen_only_for_what_it_supports(monkeypatch, change, capability, reason):
-    monkeypatch.setattr(triton, "compute_capability", lambda: capability)
+    monkeypatch.setattr(kernels.capability, "compute_capability", lambda: capability)
     asked = call(**change)
     if reason is None:
         # On a mesh as the compiler would divide it, no rule replaced: there of one device only.

@@ -123,12 +123,20 @@ def curve(
     return np.array(values), moments
 
 
-@pytest.mark.parametrize("sizes", [(1, 4, 1, 1), (2, 1, 2, 2)])
-def test_a_state_begins_with_the_same_bits_on_every_mesh(sizes: tuple[int, ...]) -> None:
-    config = config_of("holo", sizes)
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        ("holo", (4, 1, 1, 1)),
+        ("holo", (1, 4, 1, 1)),
+        ("holo", (2, 1, 2, 2)),
+        *(pytest.param(model, (1, 2, 2, 2), marks=pytest.mark.slow) for model in MODELS),
+    ],
+)
+def test_a_state_begins_with_the_same_bits_on_every_mesh(model: str, sizes: tuple[int, ...]) -> None:
+    config = config_of(model, sizes)
     mesh = make_mesh(config.mesh)
     found = begin(build(config.model, config.optimizer, config.num_steps, mesh)[1], mesh)
-    jax.tree.map(np.testing.assert_array_equal, found, begun("holo"))
+    jax.tree.map(np.testing.assert_array_equal, found, begun(model))
 
 
 @pytest.mark.parametrize(

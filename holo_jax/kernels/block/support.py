@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array
-from holo_jax.kernels.capability import compute_capability, partitioned
-from holo_jax.kernels.hadamard import backend as triton
+from holo_jax.kernels.capability import compute_capability, partitioned, triton_missing
 
 # What each value of ``block_backend`` may use. "products" are denoiser and loss by jax-linear-attention.
 _USES = {
@@ -45,7 +44,7 @@ def mixer_unsupported(x: Array, m: int, d: int) -> str | None:
 
 
 def _unsupported_here(x: Array) -> str | None:
-    reason = triton.missing()
+    reason = triton_missing()
     if reason is not None:
         return reason
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):

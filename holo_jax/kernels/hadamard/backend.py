@@ -18,10 +18,11 @@ from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional.segments import run_index
 from holo_jax.kernels.call import READ_NAME, Call, total_writes
-from holo_jax.kernels.capability import compute_capability, partitioned
+from holo_jax.kernels.capability import partitioned, triton_missing
 from holo_jax.kernels.hadamard.content import backward_kernel, forward_kernel, launch
 from holo_jax.kernels.hadamard.program import Plan, Tiling
 
+missing = triton_missing
 COVERS = "hadamard memory on NVIDIA GPUs of compute capability 8.0 or higher"
 _CHANNELS = (64, 32)
 # Programs that fill a large device about twice.
@@ -32,14 +33,6 @@ _LEAST_TILES = 8
 class _Static(NamedTuple):
     plain: Plan
     turning: Plan
-
-
-def missing() -> str | None:
-    """Why no call at all can run here, or None."""
-    capability = compute_capability()
-    if capability is None or capability < (8, 0):
-        return "its kernels need an NVIDIA GPU of compute capability 8.0 or higher"
-    return None
 
 
 def unsupported(call: Call) -> str | None:

@@ -18,10 +18,11 @@ from holo_jax.array_types import Array
 from holo_jax.functional import MemoryState
 from holo_jax.functional.segments import run_index
 from holo_jax.kernels.call import READ_NAME, Call, total_writes
-from holo_jax.kernels.capability import compute_capability, partitioned
+from holo_jax.kernels.capability import compute_capability, partitioned, triton_missing
 from holo_jax.kernels.outer import kernels
 from holo_jax.kernels.outer.program import Plan, Shape, Tiling
 
+missing = triton_missing
 COVERS = "outer memory without erase on NVIDIA GPUs of compute capability 8.0 or higher, 16-bit values"
 _WIDTHS = (16, 32, 64, 128)
 _LARGEST = 8192
@@ -30,14 +31,6 @@ MEASURED_STATE = 2048
 # Positions of a block, and programs that fill a large device (measured on an H100: docs/log.md, 2026-11-28).
 _BLOCKS = (1024, 512, 256)
 _PROGRAMS = 448
-
-
-def missing() -> str | None:
-    """Why no call at all can run here, or None."""
-    capability = compute_capability()
-    if capability is None or capability < (8, 0):
-        return "its kernels need an NVIDIA GPU of compute capability 8.0 or higher"
-    return None
 
 
 def unsupported(call: Call) -> str | None:
