@@ -6,8 +6,8 @@ reads random tokens from the host in pieces and prints one JSON object: the proc
 a CPU, the allocator's peak on an accelerator. Most of a process is what compiling has left, more or less of
 it as its threads found processors; so on a CPU the peak begins anew with reading, and what that adds counts.
 The allocator has one arena there: by default threads have their own, which come and go by 3% of the process.
-It costs a quarter of the rate. And it returns what is freed from a fixed size on: by default that size grows to
-what was freed, and arrays then lie between holes that grow by up to 3% of the process in a longer reading.
+It costs a quarter of the rate. And it returns what is freed from a fixed size on: by default that size grows
+to what was freed, and arrays then lie between holes, up to 3% of the process in a longer reading.
 """
 
 import dataclasses
