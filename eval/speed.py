@@ -23,6 +23,8 @@ from holo_jax import kernels
 from holo_jax.functional.checks import BINDINGS, check_choice
 
 PARTS = ("peers", "memory_op", "mixer", "train", "inference")
+# Packages whose versions are noted, beside those of every result.
+_NOTED = ("jax-linear-attention", "jax-cuda13-plugin", "jax-cuda12-plugin", "torch", "triton", "fla-core")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +127,7 @@ def evaluate(settings: Settings, reporter: Reporter) -> None:
             f"backend {backend.name}: {'usable' if backend.usable else 'not usable'}, {backend.reason}"
         )
     reporter.note(f"XLA_FLAGS: {os.environ.get('XLA_FLAGS', '')!r}")
-    for name in ("jax-linear-attention", "jax-cuda13-plugin", "jax-cuda12-plugin", "torch", "triton"):
+    for name in _NOTED:
         try:
             reporter.note(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:

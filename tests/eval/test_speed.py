@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from eval.speed_parts import block_gate, gate, timing, train_step, turns
 from eval.speed_parts.floors import Ceilings
 from eval.speed_parts.models import TARGET_PRODUCTS, Size, model_config, parse_variant, product_parameters
 from eval.speed_parts.peers import driver as peers
+from eval.speed_parts.peers import tuning
 from holo_jax import kernels
 
 SMALL = Size(layers=2, width=64, vocab=128)
@@ -277,6 +279,52 @@ def test_pytorch_peers_train(model):
     found = training.measure(samples=1, seconds=0.01)
     ours = product_parameters(model_config({"llama": "attention"}.get(model, model), SMALL))
     assert abs(found["product_parameters"] / ours - 1) < 0.02 and 4 < found["last_loss"] < 6
+
+
+class Candidate(types.SimpleNamespace):
+    """Of Triton's autotuner, as far as ``tuning`` sees it."""
+
+    def all_kwargs(self):
+        return {"num_warps": self.num_warps}
+
+
+def test_candidates_of_triton_compile_together(monkeypatch):
+    began, modes = [], []
+
+    class Mode:
+        def __init__(self, executor, *, ignore_errors=False):
+            assert ignore_errors  # one that does not compile is passed over when its turn comes
+            executor.submit(int).result()
+
+        def __enter__(self):
+            modes.append(len(began))
+
+        def __exit__(self, *error):
+            modes.append(len(began))
+
+    class Autotuner:
+        configs = (Candidate(num_warps=1), Candidate(num_warps=2), Candidate(num_warps=4))
+        fn = types.SimpleNamespace(warmup=lambda *args, **given: began.append((args, given)))
+
+        def __init__(self):
+            self.nargs = {"x": 3, "y": 5}
+
+        def prune_configs(self, kwargs):
+            return self.configs[1:]
+
+    triton = types.ModuleType("triton")
+    tuner = types.ModuleType("triton.runtime.autotuner")
+    tuner.Autotuner = Autotuner
+    for name in ("triton.runtime", "triton.runtime.autotuner"):
+        monkeypatch.setitem(sys.modules, name, tuner)
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    assert not tuning.compile_candidates_together()
+    triton.AsyncCompileMode = Mode
+    assert tuning.compile_candidates_together(workers=2)
+    own = Autotuner()
+    assert own.prune_configs({"grid": (7,), "warmup": False, "K": 64}) == own.configs[1:]
+    assert began == [((3, 5), {"grid": (7,), "K": 64, "num_warps": n}) for n in (2, 4)]
+    assert modes == [0, 2]
 
 
 def test_denoiser_and_loss_are_gated(monkeypatch):

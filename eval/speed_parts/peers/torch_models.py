@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+FLA_MODELS = ("gla", "gated_deltanet")
+
 
 class RmsNorm(nn.Module):
     """x / rms(x) * w, in float32."""

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eval.speed_parts.peers.torch_models import build, product_parameters
+from eval.speed_parts.peers.torch_models import FLA_MODELS, build, product_parameters
+from eval.speed_parts.peers.tuning import compile_candidates_together
 
 _ATTENTION = {"llama": SDPBackend.FLASH_ATTENTION, "llama_cudnn": SDPBackend.CUDNN_ATTENTION}
 
@@ -133,8 +134,11 @@ class Training:
 
 
 if __name__ == "__main__":
+    request = json.loads(sys.argv[1])
+    if request["model"] in FLA_MODELS:
+        compile_candidates_together()
     try:
-        training = Training(**json.loads(sys.argv[1]))
+        training = Training(**request)
         print("ready", flush=True)
         for line in sys.stdin:
             print(json.dumps(training.measure(**json.loads(line))), flush=True)
