@@ -30,6 +30,7 @@ from holo_jax.array_types import Array, Float, Int
 from holo_jax.blocks import Block
 from holo_jax.mixers import Context
 from holo_jax.model import positional_turns
+from holo_jax.residual import settled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class OneBlock:
         context = Context(jnp.arange(length, dtype=jnp.uint32)[None])
         own_turns = None if turns is None else turns[0, 0]
         out, pending, _ = block(sequence, None, context, own_turns, None)
-        out = out if pending is None else out + pending
+        out = settled(out, pending)
         return out[:, 2 * length // 3 :, width // 2 :].astype(jnp.float32)
 
 

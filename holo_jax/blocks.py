@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
@@ -23,6 +24,7 @@ from holo_jax.parallel import (
     parameter_layout,
     sharded,
 )
+from holo_jax.residual import Pending, added
 
 _KERNEL_PRIMITIVES = frozenset(
     ("pallas_call", "mpmd_map", "custom_vmap_call", "dot_product_attention_fwd_wrapper")
@@ -45,8 +47,8 @@ class Block(nnx.Module):
         self.defers, self.recomputed = config.remat != "full", config.remat != "none"
 
     def __call__(
-        self, x: Array, pending: Array | None, context: Context, turns: Array | None, state: Any
-    ) -> tuple[Array, Array | None, Any]:
+        self, x: Array, pending: Pending | None, context: Context, turns: Array | None, state: Any
+    ) -> tuple[Array, Pending | None, Any]:
         """One block on [b, t, e]; the state of its mixer in and out.
 
         ``pending`` is what the block before still has to add to x: where kernels norm, they also add.
@@ -58,7 +60,7 @@ class Block(nnx.Module):
         rows, each = layout("b t"), self.mixer_norm.weight[...].ndim == 2
         given = (P(DATA) if each else _layouts(parameters), rows, rows, context.layout, layout("_"))
 
-        def own(parameters: Any, *arguments: Any) -> tuple[Array, Array | None]:
+        def own(parameters: Any, *arguments: Any) -> tuple[Array, Pending | None]:
             if each:
                 parameters = jax.tree.map(lambda leaf: leaf[0], parameters)
             block: Any = nnx.merge(graph, parameters)
@@ -68,27 +70,27 @@ class Block(nnx.Module):
         return *sharded(own, given, (rows, rows))(parameters, x, pending, context, turns), None
 
     def _run(
-        self, x: Array, pending: Array | None, context: Context, turns: Array | None, state: Any
-    ) -> tuple[Array, Array | None, Any]:
+        self, x: Array, pending: Pending | None, context: Context, turns: Array | None, state: Any
+    ) -> tuple[Array, Pending | None, Any]:
         fused = state is None and self.mixer_norm.fuses(x)
         if pending is not None and not fused:
-            x, pending = constrain(x + pending, "b t _"), None
+            x, pending = constrain(added(x, pending), "b t _"), None
         x, mixed, state = self._mix(x, pending, context, turns, state)
         if not self.has_mlp:
-            added = mixed
+            left = Pending(mixed)
         elif fused:
-            x, added = self.mlp.after(self.mlp_norm, x, mixed)
+            x, left = self.mlp.after(self.mlp_norm, x, mixed)
         else:
             x = constrain(x + mixed, "b t _")
-            added = self.mlp(self.mlp_norm(x))
+            left = Pending(self.mlp(self.mlp_norm(x)))
         if fused and self.defers:
-            return x, added, state
-        return constrain(x + added, "b t _"), None, state
+            return x, left, state
+        return constrain(added(x, left), "b t _"), None, state
 
     def _mix(
-        self, x: Array, pending: Array | None, context: Context, turns: Array | None, state: Any
+        self, x: Array, pending: Pending | None, context: Context, turns: Array | None, state: Any
     ) -> tuple[Array, Array, Any]:
-        """(x + pending, mixer of its norm, state after it); by fewer passes where kernels allow it."""
+        """(x with ``pending``, mixer of its norm, state after it); by fewer passes where kernels allow it."""
         mixer, norm = self.mixer, self.mixer_norm
         if state is not None:
             return x, *mixer(norm(x), context, turns, state)
@@ -109,11 +111,11 @@ class Period(nnx.Module):
     def __call__(
         self,
         x: Array,
-        pending: Array | None,
+        pending: Pending | None,
         context: Context,
         turns: Array | None,
         states: tuple[Any, ...] | None,
-    ) -> tuple[Array, Array | None, tuple[Any, ...] | None]:
+    ) -> tuple[Array, Pending | None, tuple[Any, ...] | None]:
         """Runs the blocks in order; ``turns`` is [k, h, m], ``pending`` as in ``Block``."""
         after = []
         for index, block in enumerate(self.blocks):
@@ -122,6 +124,18 @@ class Period(nnx.Module):
             x, pending, state = block(x, pending, context, own_turns, state)
             after.append(state)
         return x, pending, None if states is None else tuple(after)
+
+    def nothing(self, x: Array) -> Pending:
+        """Zeros of the form that the last block leaves, for a loop that begins at x."""
+        last = self.blocks[-1]
+        bias = last.mlp.down.bias if last.has_mlp else None
+
+        def own(x: Array) -> Pending:
+            offset = None if bias is None else jnp.zeros((1, 1, x.shape[-1]), bias.dtype)
+            return Pending(jnp.zeros_like(x), offset)
+
+        rows = layout("b t")
+        return (sharded(own, (rows,), rows) if divides_tokens() else own)(x)
 
 
 def for_kind(config: HoloConfig, kind: str) -> HoloConfig:

@@ -28,6 +28,7 @@ from holo_jax.parallel import (
     tensor_axis,
     whole,
 )
+from holo_jax.residual import Pending, summands
 
 Axes = tuple[str | None, ...]
 
@@ -162,15 +163,15 @@ def normed_project(
     norm: "Normalization",
     module: nnx.Module,
     x: Float[Array, "b t e"],
-    delta: Float[Array, "b t e"] | None,
+    pending: Pending | None,
     out_dtypes: dict[str, str | None],
 ) -> tuple[Float[Array, "b t e"], dict[str, Array]]:
-    """``x + delta`` and ``project`` of its norm, by kernels (``kernels.block``)."""
+    """x with what is pending, and ``project`` of its norm, by kernels (``kernels.block``)."""
     maps = {name: getattr(module, name) for name in out_dtypes}
     dtypes = tuple(jnp.dtype(dtype or maps[name].storage) for name, dtype in out_dtypes.items())
     weights = tuple(one.whole_weight for one in maps.values())
     total, products = kernels.block.normed_products(
-        x, delta, *norm.parameters, weights, dtypes=dtypes, eps=norm.eps
+        x, *summands(pending), *norm.parameters, weights, dtypes=dtypes, eps=norm.eps
     )
     results = {}
     for y, (name, one) in zip(products, maps.items(), strict=True):
@@ -275,19 +276,20 @@ class Denoiser(nnx.Module):
 
     def after(
         self, norm: Normalization, x: Float[Array, "b t e"], delta: Float[Array, "b t e"]
-    ) -> tuple[Float[Array, "b t e"], Float[Array, "b t e"]]:
+    ) -> tuple[Float[Array, "b t e"], Pending]:
         """``x + delta``, and the denoiser of its norm, by kernels (``kernels.block``)."""
         if self.gate is not None and kernels.swiglu_runs(x, self.up.whole_weight, self.backend):
             weights = (layer.whole_weight for layer in (self.gate, self.up, self.down))
-            return kernels.block.normed_swiglu(x, delta, *norm.parameters, *weights, eps=norm.eps)
+            total, y = kernels.block.normed_swiglu(x, delta, *norm.parameters, *weights, eps=norm.eps)
+            return total, Pending(y)
         if self.kind == "gelu":
             assert self.up.bias is not None and self.down.bias is not None
             maps = (self.up.whole_weight, self.up.bias[...], self.down.whole_weight)
             keep = not self.down.recomputed
             total, y = kernels.block.normed_gelu(x, delta, *norm.parameters, *maps, eps=norm.eps, keep=keep)
-            return total, y + self.down.bias[...].astype(y.dtype)[None, None]
-        total, results = normed_project(norm, self, x, delta, self.maps)
-        return total, self._finish(results)
+            return total, Pending(y, self.down.bias[...][None, None])
+        total, results = normed_project(norm, self, x, Pending(delta), self.maps)
+        return total, Pending(self._finish(results))
 
     def _finish(self, results: dict[str, Array]) -> Array:
         hidden = results["up"]

@@ -30,6 +30,7 @@ from holo_jax.parallel import (
     layout,
     sharded,
 )
+from holo_jax.residual import Pending, settled
 from holo_jax.sequence import (
     leading_padding,
     positions_in_segments,
@@ -160,21 +161,21 @@ class HoloModel(nnx.Module):
     def _scanned(self, x: Array, context: Context, turns: Array | None, layers: Any) -> tuple[Array, Any]:
         config = self.config
 
-        def body(carried: tuple[Array, Array | None], xs: tuple[Period, Array | None, Any]) -> Any:
+        def body(carried: tuple[Array, Pending | None], xs: tuple[Period, Array | None, Any]) -> Any:
             period, own_turns, states = xs
             x, pending, states = period(*carried, context, own_turns, states)
             return (x, pending), states
 
         # Every iteration carries the same arrays, so the first one has something to add as well.
         deferred = layers is None and config.remat != "full" and asked_where_blocks_run(self.norm.fuses, x)
-        pending = jnp.zeros_like(x) if deferred else None
+        pending = self.periods.nothing(x) if deferred else None
         (x, pending), layers = jax.lax.scan(
             rematerialised(body, config.remat, looped=config.scan_unroll < config.num_periods),
             (x, pending),
             (self.periods, turns, layers),
             unroll=min(config.scan_unroll, config.num_periods),
         )
-        return x if pending is None else x + pending, layers
+        return settled(x, pending), layers
 
     def _apart(
         self, x: Array, context: Context, parts: list[Any], following: Array | None, first: Array | None
@@ -189,7 +190,10 @@ class HoloModel(nnx.Module):
         config = self.config
 
         def body(
-            period: Period, own_turns: Array | None, carried: tuple[Array, Array | None], signal: Array | None
+            period: Period,
+            own_turns: Array | None,
+            carried: tuple[Array, Pending | None],
+            signal: Array | None,
         ) -> Any:
             return period(*carried, context._replace(signal=signal), own_turns, None)[:2]
 
@@ -208,8 +212,7 @@ class HoloModel(nnx.Module):
             carried = run(used[index], own_turns, carried, None if sums is None else sums.signal)
             if sums is not None:
                 used[index + 1], carried = known_together(used[index + 1], carried, sums.room)
-        x, pending = carried
-        return x if pending is None else x + pending, used[-1]
+        return settled(*carried), used[-1]
 
     def _in_turn(self, x: Array, context: Context, turns: Array | None, layers: Any) -> tuple[Array, Any]:
         periods: Any = self.periods
@@ -219,7 +222,7 @@ class HoloModel(nnx.Module):
             states = None if layers is None else layers[index]
             x, pending, states = period(x, pending, context, own_turns, states)
             after.append(states)
-        return x if pending is None else x + pending, None if layers is None else tuple(after)
+        return settled(x, pending), None if layers is None else tuple(after)
 
 
 class HoloForCausalLM(nnx.Module):

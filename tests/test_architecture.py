@@ -17,6 +17,7 @@ LAYERS = (
     "holo_jax.exchange",
     "holo_jax.parallel",
     "holo_jax.ordered_sums",
+    "holo_jax.residual",
     "holo_jax.functional",
     "holo_jax.kernels.call",
     "holo_jax.kernels.capability",

@@ -79,12 +79,13 @@ def _norm(x: Any, scale: Any, bias: Any) -> Any:
 
 
 def norm_case(rng: np.random.Generator, *, centered: bool = False) -> tuple[Callable, Callable, dict]:
-    """A residual sum, and two products of its norm."""
+    """A residual sum, and two products of its norm; ``centered``: behind a bias, LayerNorm."""
     shape = (2, _ROWS // 2, _WIDTH)
     inputs = {"x": rng.normal(size=shape), "delta": rng.normal(size=shape)}
     inputs |= {"scale": rng.normal(size=_WIDTH), "bias": rng.normal(size=_WIDTH)}
+    inputs["offset"] = rng.normal(size=_WIDTH)
     if not centered:
-        del inputs["bias"]
+        del inputs["bias"], inputs["offset"]
     inputs |= {name: rng.normal(size=(_WIDTH, 64)) / np.sqrt(_WIDTH) for name in ("first", "second")}
     cotangents = [_rounded(rng.normal(size=(*shape[:2], width))) for width in (_WIDTH, 64, 64)]
 
@@ -92,6 +93,7 @@ def norm_case(rng: np.random.Generator, *, centered: bool = False) -> tuple[Call
         total, products = block.normed_products(
             p["x"].astype(jnp.bfloat16),
             p["delta"].astype(jnp.bfloat16),
+            p.get("offset"),
             p["scale"],
             p.get("bias"),
             (p["first"], p["second"]),
@@ -102,6 +104,7 @@ def norm_case(rng: np.random.Generator, *, centered: bool = False) -> tuple[Call
 
     def wanted(p: dict) -> Any:
         total = p["x"] + p["delta"]
+        total = total if "offset" not in p else total + p["offset"][None, None]
         rows = _norm(total, p["scale"], p.get("bias"))
         results = (total, rows @ p["first"], rows @ p["second"])
         return _weighted(results, cotangents), jnp.concatenate(results, axis=-1)
@@ -110,7 +113,7 @@ def norm_case(rng: np.random.Generator, *, centered: bool = False) -> tuple[Call
 
 
 def centered_norm_case(rng: np.random.Generator) -> tuple[Callable, Callable, dict]:
-    """The same with LayerNorm."""
+    """The same of a branch with a bias, and LayerNorm."""
     return norm_case(rng, centered=True)
 
 

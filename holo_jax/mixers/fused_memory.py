@@ -20,6 +20,7 @@ from holo_jax.mixers.context import Context
 from holo_jax.mixers.memory import MemoryMixer
 from holo_jax.ordered_sums import signalled
 from holo_jax.parallel import sequence_axis, whole
+from holo_jax.residual import Pending, added, summands
 
 # Rows of float32 begin at lines of memory, 128 bytes: off them features take a quarter longer; operands of
 # products off 16 bytes are copied.
@@ -85,10 +86,10 @@ def after_norm(
     mixer: MemoryMixer,
     norm: Normalization,
     x: Float[Array, "b t e"],
-    delta: Float[Array, "b t e"] | None,
+    pending: Pending | None,
     context: Context,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b t e"]]:
-    """(x + delta, ``mixer(norm(x + delta))``), for inputs that ``unsupported`` accepts."""
+    """x with what is pending, and the mixer of its norm, for inputs that ``unsupported`` accepts."""
     config = mixer.config
     narrow = ("write", "erase") if config.erase else ("write",)
     # Gates are a few columns each: they ride along with the phases, which have the same dtype.
@@ -99,10 +100,10 @@ def after_norm(
     dtypes = (x.dtype, x.dtype, jnp.dtype(config.precision.phases))
     if norm.fuses(x):
         x, products = kernels.block.normed_products(
-            x, delta, *norm.parameters, weights, dtypes=dtypes, eps=norm.eps
+            x, *summands(pending), *norm.parameters, weights, dtypes=dtypes, eps=norm.eps
         )
     else:
-        x = x if delta is None else x + delta
+        x = added(x, pending)
         rows = norm(x)
         products = tuple(
             jnp.einsum("bti,io->bto", rows, w.astype(x.dtype), preferred_element_type=dtype)

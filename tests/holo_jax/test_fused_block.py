@@ -81,7 +81,7 @@ def test_the_gate_passes_in_the_interpreter(interpreted, monkeypatch):
     monkeypatch.setattr(block_gate, "cases", lambda: {name: found[name] for name in names})
     reporter = Reporter("speed", Settings(), (0,), out=None, command="")
     assert block_gate.run(reporter, seed=0)
-    assert len(reporter.values) == 6 + 7 + 8 + 8 + 6 + 3 + 4 + 4 + 2 + 5
+    assert len(reporter.values) == 6 + 8 + 8 + 8 + 6 + 3 + 4 + 4 + 2 + 5
 
 
 @pytest.mark.parametrize(

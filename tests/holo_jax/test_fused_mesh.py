@@ -25,7 +25,13 @@ MODELS: dict[str, dict[str, Any]] = {
         model__block_backend="norms",
         model__num_hidden_layers=2,
     ),
-    "gelu": dict(model__preset="holo", model__hd_dim=32, model__erase=False, model__mlp="gelu"),
+    "gelu": dict(
+        model__preset="holo",
+        model__hd_dim=32,
+        model__erase=False,
+        model__mlp="gelu",
+        model__num_hidden_layers=2,
+    ),
 }
 
 
@@ -64,10 +70,16 @@ PLAIN: dict[str, Any] = dict(model__remat="dots", model__block_backend="portable
 
 @functools.cache
 def begun(model: str) -> TrainState:
-    """As one device begins, and every mesh (``tests.train.test_parallel``)."""
+    """As one device begins, and every mesh (``tests.train.test_parallel``), with biases off their zeros."""
     steps, batch, _ = make_steps(model, (1, 1, 1, 1), **PLAIN)
     key = np.asarray(jax.random.key_data(jax.random.key(0, impl="threefry2x32")))
-    return jax.device_get(steps.init(jax.device_put(key, replicated(batch["tokens"].sharding.mesh))))
+    state = jax.device_get(steps.init(jax.device_put(key, replicated(batch["tokens"].sharding.mesh))))
+    generator = np.random.default_rng(1)
+
+    def off_zero(x: np.ndarray) -> np.ndarray:
+        return x if np.any(x) else 0.1 * generator.normal(size=x.shape).astype(x.dtype)
+
+    return state._replace(params=jax.tree.map(off_zero, state.params))
 
 
 def first_step(model: str, sizes: tuple[int, ...], **fields: Any) -> tuple[Any, Any, list[np.ndarray]]:
@@ -91,6 +103,7 @@ def plain_step(model: str) -> tuple[Any, Any, list[np.ndarray]]:
         ("holo", (2, 1, 1, 1), "dots"),
         ("holo", (1, 2, 2, 1), "full"),
         ("gelu", (1, 2, 1, 1), "none"),
+        ("gelu", (2, 1, 2, 1), "dots"),
     ],
 )
 def test_a_step_is_that_of_one_device(model: str, sizes: tuple[int, ...], remat: str) -> None:
@@ -106,17 +119,24 @@ def test_a_divided_model_keeps_the_plain_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("transport", "dtype"),
-    [("collectives", "float32"), ("collectives", "bfloat16"), ("copies", "bfloat16")],
+    ("model", "transport", "dtype"),
+    [
+        ("holo", "collectives", "float32"),
+        ("holo", "collectives", "bfloat16"),
+        ("holo", "copies", "bfloat16"),
+        ("gelu", "collectives", "float32"),
+    ],
 )
-def test_sums_of_blocks_are_in_order(monkeypatch: pytest.MonkeyPatch, transport: str, dtype: str) -> None:
+def test_sums_of_blocks_are_in_order(
+    monkeypatch: pytest.MonkeyPatch, model: str, transport: str, dtype: str
+) -> None:
     """Unrolled over ``data``: the numbers of one device; sums by block, each before what follows it."""
     monkeypatch.setattr("holo_jax.model.splits_stacks", lambda: True)
-    layers = MODELS["holo"]["model__num_hidden_layers"]
+    layers = MODELS[model]["model__num_hidden_layers"]
     fields = dict(model__remat="dots", model__scan_unroll=layers)
-    *_, want = plain_step("holo")
+    *_, want = plain_step(model)
     over = fields | dict(mesh__reduce_dtype=dtype, mesh__transport=transport, mesh__in_order=True)
-    _, lowered, found = first_step("holo", (4, 1, 1, 1), **over)
+    _, lowered, found = first_step(model, (4, 1, 1, 1), **over)
     tolerance = dict(rtol=1e-4, atol=1e-5) if dtype == "float32" else dict(rtol=2e-2, atol=2e-4)
     for got, expected in zip(found, want, strict=True):
         np.testing.assert_allclose(got, expected, **tolerance)

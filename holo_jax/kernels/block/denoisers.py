@@ -61,10 +61,11 @@ def _normed_swiglu_backward(norm: Any, saved: Any, cotangents: Any) -> Any:
     narrow = down.astype(total.dtype)
     d_inputs = fused_gemm.swiglu_down_dgrad(d_y, narrow, inputs, cfg=fused_gemm.BWD_CONFIG)
     part = back(d_inputs, _joined(gate, up, total.dtype), total.dtype)
-    d_x, rows, *rest = triton_norm.backward(norm, total, d_total, (part,), scale, bias, again=True)
-    assert rows is not None
-    d_gate, d_up = jnp.moveaxis(fused_gemm.deinterleave(of_weight(rows, d_inputs, gate)), -2, 0)
-    return d_x, d_x, *like(rest, (scale, bias)), d_gate, d_up, of_weight(hidden, d_y, down)
+    found = triton_norm.backward(norm, total, d_total, (part,), scale, bias, again=True)
+    assert found.normed is not None
+    d_gate, d_up = jnp.moveaxis(fused_gemm.deinterleave(of_weight(found.normed, d_inputs, gate)), -2, 0)
+    d_scale, d_bias = like((found.scale, found.bias), (scale, bias))
+    return found.total, found.total, d_scale, d_bias, d_gate, d_up, of_weight(hidden, d_y, down)
 
 
 _normed_swiglu = op(_normed_swiglu_run)
@@ -118,12 +119,13 @@ def _normed_gelu_backward(static: Any, saved: Any, cotangents: Any) -> Any:
     )
     hidden = hidden if keep else made
     part = back(d_inputs, up, total.dtype)
-    d_x, rows, *rest = triton_norm.backward(norm, total, d_total, (part,), scale, bias, again=True)
-    assert rows is not None and hidden is not None
+    found = triton_norm.backward(norm, total, d_total, (part,), scale, bias, again=True)
+    assert found.normed is not None and hidden is not None
     d_down = of_weight(hidden, d_y, down)
-    d_up = of_weight(rows, d_inputs, up)
-    d_up_bias = d_up_bias.astype(up_bias.dtype)
-    return d_x, None if alone else d_x, *like(rest, (scale, bias)), d_up, d_up_bias, d_down
+    d_up = of_weight(found.normed, d_inputs, up)
+    d_delta = None if alone else found.total
+    d_vectors = like((found.scale, found.bias, d_up_bias), (scale, bias, up_bias))
+    return found.total, d_delta, *d_vectors[:2], d_up, d_vectors[2], d_down
 
 
 _normed_gelu = op(_normed_gelu_run)

@@ -27,8 +27,8 @@ def _normed_forward(norm: Norm, x: Array, scale: Array, bias: Array | None) -> t
 
 def _normed_backward(norm: Norm, saved: Any, cotangent: Array) -> Any:
     x, scale, bias = saved
-    d_x, _, *rest = triton_norm.backward(norm, x, None, (cotangent,), scale, bias, again=False)
-    return d_x, *like(rest, (scale, bias))
+    found = triton_norm.backward(norm, x, None, (cotangent,), scale, bias, again=False)
+    return found.total, *like((found.scale, found.bias), (scale, bias))
 
 
 _normed = op(_normed_run)
@@ -38,6 +38,7 @@ _normed.defvjp(_normed_forward, _normed_backward)
 def normed_products(
     x: Float[Array, "b t e"],
     delta: Float[Array, "b t e"] | None,
+    offset: Float[Array, "e"] | None,
     scale: Float[Array, "e"],
     bias: Float[Array, "e"] | None,
     weights: tuple[Float[Array, "e o"], ...],
@@ -45,11 +46,13 @@ def normed_products(
     dtypes: tuple[Any, ...],
     eps: float,
 ) -> tuple[Float[Array, "b t e"], tuple[Float[Array, "b t o"], ...]]:
-    """``x + delta``, and products of its norm with several weights.
+    """``x + (delta + offset)``, and products of its norm with several weights.
 
     Args:
       x: the residual stream in the storage dtype.
       delta: what a branch adds to it, or None.
+      offset: the bias of that branch, rounded to the dtype of x, or None. Its gradient, a sum over tokens, is
+        taken where the gradients of ``scale`` and ``bias`` are.
       scale, bias: of RMSNorm, or with a bias of LayerNorm; float32.
       weights: float32 masters; operands of the products have the dtype of x.
       dtypes: of the products.
@@ -58,31 +61,38 @@ def normed_products(
     lead = x.shape[:-1]
     norm = Norm(eps, bias is not None, interpreted())
     rows = [None if a is None else a.reshape(-1, a.shape[-1]) for a in (x, delta)]
-    total, products = _normed_products((norm, dtypes), *rows, scale, bias, weights)
+    total, products = _normed_products((norm, dtypes), *rows, offset, scale, bias, weights)
     return total.reshape(x.shape), tuple(y.reshape(*lead, -1) for y in products)
 
 
-def _normed_products_run(static: Any, x: Any, delta: Any, scale: Any, bias: Any, weights: Any) -> Any:
+def _normed_products_run(
+    static: Any, x: Any, delta: Any, offset: Any, scale: Any, bias: Any, weights: Any
+) -> Any:
     norm, dtypes = static
-    total, rows = triton_norm.forward(norm, x, delta, scale, bias)
+    total, rows = triton_norm.forward(norm, x, delta, scale, bias, offset)
     return total, products(rows, weights, dtypes)
 
 
-def _normed_products_forward(static: Any, x: Any, delta: Any, scale: Any, bias: Any, weights: Any) -> Any:
-    total, products = _normed_products_run(static, x, delta, scale, bias, weights)
-    return (total, products), (total, delta is None, scale, bias, weights)
+def _normed_products_forward(
+    static: Any, x: Any, delta: Any, offset: Any, scale: Any, bias: Any, weights: Any
+) -> Any:
+    total, products = _normed_products_run(static, x, delta, offset, scale, bias, weights)
+    return (total, products), (total, delta is None, offset, scale, bias, weights)
 
 
 def _normed_products_backward(static: Any, saved: Any, cotangents: Any) -> Any:
     norm, _ = static
-    total, alone, scale, bias, weights = saved
+    total, alone, offset, scale, bias, weights = saved
     d_total, d_products = cotangents
     d_products = [d.astype(total.dtype) for d in d_products]
     parts = tuple(back(d, w, total.dtype) for d, w in zip(d_products, weights, strict=True))
-    d_x, rows, *rest = triton_norm.backward(norm, total, d_total, parts, scale, bias, again=True)
-    assert rows is not None
-    d_weights = tuple(of_weight(*apart(rows, d), w) for d, w in zip(d_products, weights, strict=True))
-    return d_x, None if alone else d_x, *like(rest, (scale, bias)), d_weights
+    found = triton_norm.backward(
+        norm, total, d_total, parts, scale, bias, again=True, offset=offset is not None
+    )
+    assert found.normed is not None
+    d_weights = tuple(of_weight(*apart(found.normed, d), w) for d, w in zip(d_products, weights, strict=True))
+    d_vectors = like((found.offset, found.scale, found.bias), (offset, scale, bias))
+    return found.total, None if alone else found.total, *d_vectors, d_weights
 
 
 _normed_products = op(_normed_products_run)

@@ -1,7 +1,8 @@
 """Kernels of norms over rows, which read what they need once (Pallas, lowered to Triton).
 
-The forward pass may add a branch to the residual stream on the way; the backward pass adds the gradient of
-the stream and may write the normed rows once more, so that nobody has to keep them. Arithmetic is float32.
+The forward pass may add a branch to the residual stream on the way, and an offset to the branch; the backward
+pass adds the gradient of the stream and may write the normed rows once more, so that nobody has to keep them.
+Arithmetic is float32.
 """
 
 from typing import Any, NamedTuple
@@ -36,6 +37,22 @@ class Norm(NamedTuple):
     interpret: bool = False
 
 
+class Gradients(NamedTuple):
+    """What the backward pass finds.
+
+    Attributes:
+      total: of ``x + (delta + offset)``, in its dtype.
+      normed: the normed rows, or None.
+      scale, bias, offset: sums over rows in float32; None of what there is not.
+    """
+
+    total: Array
+    normed: Array | None
+    scale: Array
+    bias: Array | None
+    offset: Array | None
+
+
 def standard(norm: Norm, x: Array) -> tuple[Array, Array]:
     """(normalised rows, 1 / deviation ``[rows, 1]``) of float32 rows."""
     if norm.centered:
@@ -53,18 +70,30 @@ def rows_of(count: int, width: int, numbers: int) -> int:
 
 
 def forward(
-    norm: Norm, x: Array, delta: Array | None, scale: Array, bias: Array | None
+    norm: Norm,
+    x: Array,
+    delta: Array | None,
+    scale: Array,
+    bias: Array | None,
+    offset: Array | None = None,
 ) -> tuple[Array, Array]:
-    """(x + delta, its norm), ``[n, e]`` in the dtype of x; x itself without ``delta``."""
+    """(x + delta, its norm), ``[n, e]`` in the dtype of x; x itself without ``delta``.
+
+    An ``offset`` ``[e]`` is added to every row of ``delta`` first, and rounded with it.
+    """
     n, e = x.shape
     rows = rows_of(n, e, _TILE)
-    given = {"x": x, "delta": delta, "scale": scale, "bias": bias}
+    given = {"x": x, "delta": delta, "scale": scale, "bias": bias, "offset": offset}
     inputs = {name: array for name, array in given.items() if array is not None}
 
     def kernel(ins: dict[str, Any], outs: dict[str, Any]) -> None:
         total = ins["x"][...]
         if delta is not None:
-            total = (total.astype(jnp.float32) + ins["delta"][...].astype(jnp.float32)).astype(x.dtype)
+            added = ins["delta"][...]
+            if offset is not None:
+                vector = ins["offset"][...].astype(x.dtype).astype(jnp.float32)[None]
+                added = (added.astype(jnp.float32) + vector).astype(x.dtype)
+            total = (total.astype(jnp.float32) + added.astype(jnp.float32)).astype(x.dtype)
             outs["total"][...] = total
         normed, _ = standard(norm, total.astype(jnp.float32))
         normed = normed * ins["scale"][...].astype(jnp.float32)[None]
@@ -97,11 +126,18 @@ def backward(
     bias: Array | None,
     *,
     again: bool,
-) -> tuple[Array, Array | None, Array, Array | None]:
+    offset: bool = False,
+) -> Gradients:
     """Gradients, given the gradient of the normed rows as a sum of ``parts``.
 
-    Returns:
-      (gradient of the sum, the normed rows if ``again``, gradients of ``scale`` and ``bias`` in float32).
+    Args:
+      norm: as given to ``forward``.
+      total: what the norm was of.
+      d_total: its gradient from elsewhere, or None.
+      parts: at least one.
+      scale, bias: as given to ``forward``.
+      again: whether to write the normed rows.
+      offset: whether ``forward`` was given one.
     """
     n, e = total.shape
     programs = _PROGRAMS
@@ -111,6 +147,8 @@ def backward(
     rows = rows_of(each, e, _BACKWARD_TILE)
     inputs: dict[str, Any] = {"total": total, "parts": parts, "scale": scale}
     inputs |= {name: x for name, x in (("d_total", d_total), ("bias", bias)) if x is not None}
+    asked = {"d_scale": True, "d_bias": bias is not None, "d_offset": offset}
+    summed = [name for name in asked if asked[name]]
 
     def kernel(ins: dict[str, Any], outs: dict[str, Any]) -> None:
         weight = ins["scale"][...].astype(jnp.float32)[None]
@@ -121,7 +159,7 @@ def backward(
             at = (pl.ds(index * rows, rows), slice(None))
             return tuple(ref[at] for ref in read)
 
-        def step(index: Array, carry: tuple[tuple[Array, ...], tuple[Array, ...]]) -> Any:
+        def step(index: Array, carry: tuple[tuple[Array, ...], dict[str, Array]]) -> Any:
             loaded, sums = carry
             at = (pl.ds(index * rows, rows), slice(None))
             x, *cotangents = (a.astype(jnp.float32) for a in loaded)
@@ -145,15 +183,14 @@ def backward(
             if stream is not None:
                 gradient = gradient + stream
             outs["d_total"][at] = gradient.astype(total.dtype)
-            added = (cotangent * own, cotangent)
-            return loaded, tuple(s + a for s, a in zip(sums, added, strict=False))
+            added = {"d_scale": cotangent * own, "d_bias": cotangent, "d_offset": gradient}
+            return loaded, {name: sums[name] + added[name] for name in summed}
 
         # Summed over rows once: a sum over the rows of a tile makes its warps wait for one another.
-        count = 1 if bias is None else 2
-        begin = load(jnp.int32(0)), (jnp.zeros((rows, e), jnp.float32),) * count
+        begin = load(jnp.int32(0)), dict.fromkeys(summed, jnp.zeros((rows, e), jnp.float32))
         _, sums = jax.lax.fori_loop(0, tiles, step, begin)
-        for name, total_of in zip(("d_scale", "d_bias"), sums, strict=False):
-            outs[name][...] = jnp.sum(total_of, axis=0)[None]
+        for name in summed:
+            outs[name][...] = jnp.sum(sums[name], axis=0)[None]
 
     tile = pl.BlockSpec((each, e), lambda i: (i, 0))
     row = pl.BlockSpec((1, e), lambda i: (i, 0))
@@ -161,20 +198,21 @@ def backward(
     shapes = {"d_total": jax.ShapeDtypeStruct((n, e), total.dtype)}
     if again:
         shapes["normed"] = shapes["d_total"]
-    for name in ("d_scale",) if bias is None else ("d_scale", "d_bias"):
-        shapes[name] = jax.ShapeDtypeStruct((programs, e), jnp.float32)
+    shapes |= dict.fromkeys(summed, jax.ShapeDtypeStruct((programs, e), jnp.float32))
     found = pl.pallas_call(
         kernel,
         out_shape=shapes,
         grid=(programs,),
         in_specs=(jax.tree.map(lambda array: tile if array.ndim == 2 else whole, inputs),),
-        out_specs={name: tile if name in ("d_total", "normed") else row for name in shapes},
+        out_specs={name: row if name in summed else tile for name in shapes},
         compiler_params=parameters(norm, _BACKWARD_WARPS[norm.centered]),
         interpret=norm.interpret,
         name="norm_backward",
     )(inputs)
-    sums = {name: jnp.sum(found[name], axis=0) for name in found if name in ("d_scale", "d_bias")}
-    return found["d_total"], found.get("normed"), sums["d_scale"], sums.get("d_bias")
+    sums = {name: jnp.sum(found[name], axis=0) for name in summed}
+    return Gradients(
+        found["d_total"], found.get("normed"), sums["d_scale"], sums.get("d_bias"), sums.get("d_offset")
+    )
 
 
 def parameters(norm: Norm, warps: int = _WARPS) -> Any:
