@@ -68,7 +68,6 @@ AUTOMATIC: tuple[str, ...] = ("stack", "rows", "products", "folded", "heads")
 # than the portable form, at 2048 (99 MB) sixteen rows by it took 0.73 of one row's time without.
 _HEADS_BYTES = 2**25
 _PRODUCTS_ROWS = 1  # four rows took 0.488 ms a token by products and 0.433 by a kernel a layer
-_FOLDED_ROWS = 16  # 0.431 ms where norms of their own took 0.457; 256 rows 1.194 and 1.126; width 1024 only
 _CUBLAS_ROWS = 256  # 1.174 ms a token and 1.311 at width 1024, 4.145 and 4.325 at 2048; fewer were not timed
 
 
@@ -102,10 +101,10 @@ def choose(config: HoloConfig, rows: int) -> Form:
     ):
         return Form(heads=True, products=True)
     small = _layer_bytes(shape, config) < _HEADS_BYTES
-    if "folded" in AUTOMATIC and narrow and small and 1 < rows <= _FOLDED_ROWS:
-        return Form(heads=True, folded=True)
-    if "heads" in AUTOMATIC and heads and (rows > 1 or not small):
-        return Form(heads=True, cublas=rows >= _CUBLAS_ROWS)
+    # Width 1024, 16 rows: 0.431 ms where norms of their own took 0.457 (H100); 256: 0.861 and 0.874 (H200).
+    folded = "folded" in AUTOMATIC and narrow and small and rows > 1
+    if folded or ("heads" in AUTOMATIC and heads and (rows > 1 or not small)):
+        return Form(heads=True, folded=folded, cublas=rows >= _CUBLAS_ROWS)
     return PORTABLE
 
 

@@ -104,8 +104,10 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     assert stepping.choose(wide, 1) == products
     assert stepping.choose(narrow, 2) == stepping.choose(narrow, 16) == folded
     assert stepping.choose(wide, 4) == stepping.choose(wide, 16) == heads
-    assert stepping.choose(narrow, 17) == stepping.choose(narrow.replace(norm="layernorm"), 2) == heads
-    assert stepping.choose(narrow, 256) == heads._replace(cublas=True)
+    assert stepping.choose(narrow, 17) == folded
+    assert stepping.choose(narrow.replace(norm="layernorm"), 2) == heads
+    assert stepping.choose(narrow, 256) == folded._replace(cublas=True)
+    assert stepping.choose(wide, 256) == heads._replace(cublas=True)
     assert stepping.choose(narrow.replace(precision=FULL), 2) == heads
     assert stepping.choose(narrow.replace(hidden_size=1000), 1) == stepping.PORTABLE
     assert stepping.choose(wide.replace(hidden_size=2000), 1) == heads
@@ -116,4 +118,4 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     assert stepping.choose(wide, 1) == products
     several = stepping.Form(stacked=True, dealt=True, drawn=True, programs=132)
     assert stepping.choose(narrow, 2) == stepping.choose(narrow, 16) == several
-    assert stepping.choose(narrow, 17) == heads and stepping.choose(wide, 2) == heads
+    assert stepping.choose(narrow, 17) == folded and stepping.choose(wide, 2) == heads

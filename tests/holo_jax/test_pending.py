@@ -20,6 +20,7 @@ from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, st
 from holo_jax.kernels import capability
 from holo_jax.kernels.decode import choose as decode_choose
 from holo_jax.kernels.decode import gate as decode_gate
+from holo_jax.kernels.decode import heads as decode_heads
 from holo_jax.kernels.decode import plan as decode_plan
 from holo_jax.kernels.decode import products as decode_products
 from holo_jax.kernels.decode import scores as decode_scores
@@ -123,21 +124,25 @@ def small(**changes: object) -> HoloConfig:
 
 
 @pytest.mark.parametrize(
-    ("form", "changes"),
+    ("form", "changes", "many"),
     [
-        (Form(heads=True, interpret=True), dict(erase=False, num_hidden_layers=1)),
-        (Form(heads=True, products=True, interpret=True), {}),
+        (Form(heads=True, interpret=True), dict(erase=False, num_hidden_layers=1), False),
+        (Form(heads=True, interpret=True), dict(num_hidden_layers=1), True),
+        (Form(heads=True, products=True, interpret=True), {}, False),
         (
             Form(heads=True, products=True, drawn=True, interpret=True),
             dict(tie_embeddings=True, num_hidden_layers=1),
+            False,
         ),
-        (Form(heads=True, folded=True, interpret=True), {}),
+        (Form(heads=True, folded=True, interpret=True), {}, False),
     ],
-    ids=["heads-of-a-sum", "products", "drawn", "folded"],
+    ids=["heads-of-a-sum", "many-heads", "products", "drawn", "folded"],
 )
-def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict, monkeypatch) -> None:
+def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict, many: bool, monkeypatch) -> None:
     """Tokens, logits and state of a block of two groups in which one row ends, in Pallas' interpreter."""
     monkeypatch.setattr(decoding, "GROUP", SIZE)
+    if many:
+        monkeypatch.setattr(decode_heads, "_MANY", 1)
     config = small(**changes)
     model = decoding_form(build(config))
     graphdef, params = nnx.split(model, nnx.Param)
@@ -259,7 +264,7 @@ def test_the_kernels_lower_for_a_gpu() -> None:
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 @pytest.mark.parametrize("rows", [1, 4, 5, 64])
-def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int) -> None:
+def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int, monkeypatch) -> None:
     """The compiled kernels, all programs together, on tokens that are given; bfloat16 against float32.
 
     The distance of the portable form in bfloat16 from float32 is what the order of sums may cost.
@@ -279,7 +284,9 @@ def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int) ->
     shape = stack.shape_of(config, rows, 8, programs)
     if decode_plan.unsupported(shape, jnp.bfloat16) is None:
         forms["stack"] = Form(stacked=True, programs=programs)
+    forms["many"] = forms["heads"]
     for name, form in forms.items():
+        monkeypatch.setattr(decode_heads, "_MANY", 1 if name == "many" else 2**30)
 
         @jax.jit
         def run(model, packed, state, ids, form=form):

@@ -1,9 +1,13 @@
 """One token through one layer's memory by a kernel, for any number of rows (Pallas, lowered to Triton).
 
 It does what ``generate.pending`` defines: writes of a group are held back, and the memory is only read. A
-program is one head of one row.
+program is one head of one row. Few programs ask for everything at once and wait once. Where more are to run
+than fit the multiprocessors, registers decide how many wait side by side, and instructions that all warps
+repeat decide how fast they end: then a program is one warp that has one plane of the memory at a time.
 """
 
+import operator
+from functools import reduce
 from typing import Any
 
 import jax
@@ -17,10 +21,21 @@ from holo_jax.kernels.decode.shape import Shape
 from holo_jax.kernels.phasor_features import sin_cos_reduced
 
 Refs = dict[str, Any]
-HEAD_WARPS = 4
+_WARPS = 4
+# Programs from which they do not all run at once; numbers of a plane of the memory that a warp has at a time.
+_MANY = 512
+_PLANE = 2048
 _EPS = 1e-6
 # Arrays that the kernel changes in place.
 _PENDING = ("phases", "keys", "written", "squares")
+
+
+def _many(shape: Shape) -> bool:
+    return shape.rows * shape.heads >= _MANY
+
+
+def _warps(shape: Shape) -> int:
+    return min(_WARPS, max(1, shape.m * shape.d // _PLANE)) if _many(shape) else _WARPS
 
 
 def decode_heads(shape: Shape, refs: Refs) -> None:
@@ -43,11 +58,17 @@ def decode_heads(shape: Shape, refs: Refs) -> None:
     def map_of(name: str, column: Array) -> Array:
         return plgpu.load(refs["y"].at[row, shape.offsets[name] + column])
 
-    # All loads stand before the first use of one: a program waits once. The memory is most of the bytes.
-    memory, held = [], []
-    for plane in (0, 1):
-        at, across = block(plane * m + phasors, d)
-        memory.append(plgpu.load(refs["memory"].at[layer, row, head, at, across]))
+    def plane_of(number: int, after: Array | None = None) -> Array:
+        """A plane of the memory, asked for once ``after`` is known."""
+        at, across = block(number * m + phasors, d)
+        view = refs["memory"].at[layer, row, head, at, across]
+        if after is None:
+            return plgpu.load(view)
+        # True whatever it is: if it is not a number, nor is what it belongs to.
+        return plgpu.load(view, mask=(at >= 0) & (after == after), other=0.0)
+
+    # Loads stand before the first use of one: a program waits once. The memory is most of the bytes.
+    memory, held = [] if _many(shape) else [plane_of(n) for n in (0, 1)], []
     vectors = {"phases": map_of("phases", columns)}
     for name in ("values", "gate") if shape.gate else ("values",):
         vectors[name] = map_of(name, head * d + channels)
@@ -94,10 +115,14 @@ def decode_heads(shape: Shape, refs: Refs) -> None:
         keys.append((cosine * m**-0.5, sine * m**-0.5))
     before = []
     for key in keys:
-        terms = [part[:, None] * plane for part, plane in zip(key, memory, strict=True)]
         scores = [part[None, :] * plane for part, plane in zip(key, held, strict=True)]
         score = jnp.sum(scores[0] + scores[1], axis=1)
-        before.append(jnp.sum(terms[0] + terms[1], axis=0) + jnp.sum(score[:, None] * bound, axis=0))
+        before.append(jnp.sum(score[:, None] * bound, axis=0))
+    for planes in [(0,), (1,)] if _many(shape) else [(0, 1)]:
+        own = memory or [plane_of(n, jnp.sum(before[0] + before[1], axis=0)) for n in planes]
+        for place, key in enumerate(keys):
+            terms = [key[n][:, None] * plane for n, plane in zip(planes, own, strict=True)]
+            before[place] += jnp.sum(reduce(operator.add, terms), axis=0)
 
     opened = active * gate("write") if shape.write else active
     written = opened * stored("values")
@@ -155,7 +180,9 @@ def run_heads(shape: Shape, arrays: dict[str, Array], storage: Any) -> dict[str,
         out_shape=outputs,
         grid=(shape.heads, shape.rows),
         input_output_aliases={n: names.index(name) for n, name in enumerate(sorted(given))},
-        compiler_params=None if shape.interpret else plgpu.CompilerParams(num_warps=HEAD_WARPS, num_stages=1),
+        compiler_params=None
+        if shape.interpret
+        else plgpu.CompilerParams(num_warps=_warps(shape), num_stages=1),
         interpret=shape.interpret,
         name="decode_heads",
     )((given, fixed))
