@@ -119,7 +119,9 @@ def _transposed(block: Any) -> dict[str, Array]:
     }
 
 
-def shape_of(config: HoloConfig, rows: int, size: int, programs: int, **options: bool) -> decode_shape.Shape:
+def shape_of(
+    config: HoloConfig, rows: int, size: int, programs: int, interpret: bool = False
+) -> decode_shape.Shape:
     """The kernel's sizes."""
     return decode_shape.Shape(
         rows=rows,
@@ -139,13 +141,13 @@ def shape_of(config: HoloConfig, rows: int, size: int, programs: int, **options:
         phase_scale=config.phase_scale,
         eps=config.norm_eps,
         programs=programs,
-        **options,
+        interpret=interpret,
     )
 
 
-def mail(shape: decode_shape.Shape) -> dict[str, Array]:
-    """Of the kernel for so many rows, before its first launch."""
-    return decode_stream.mail(shape) if shape.rows == 1 else {"mail": decode_rows_plan.mail(shape)}
+def mail(shape: decode_shape.Shape, dealt: bool) -> dict[str, Array]:
+    """Of the kernel over all layers, before its first launch; ``dealt``: of that for several rows."""
+    return {"mail": decode_rows_plan.mail(shape)} if dealt else decode_stream.mail(shape)
 
 
 class Moving(NamedTuple):
@@ -219,23 +221,25 @@ def through(
     held: Held,
     moving: Moving,
     numbers: Int[Array, "n b"],
+    dealt: bool,
 ) -> tuple[Float[Array, "b e"], Moving]:
     """One token a row through all blocks; states stacked over layers.
 
     Args:
       shape: see ``decode_shape.Shape``.
-      weights: of ``pack`` for one row, of ``deal`` for more.
+      weights: of ``pack``, or of ``deal`` if ``dealt``.
       x: the embedded tokens ``[b, e]`` in the storage dtype, or one as words of ``decode_stream.run``.
       hidden: what this function returned for the last token that was read.
       held: as in ``heads``, of all layers.
       moving: see ``Moving``.
       numbers: as in ``heads``.
+      dealt: by the kernel for several rows.
 
     Returns:
       The residual stream after the last block, or ``hidden``, and ``moving`` after the token.
     """
     pending, mail, launch = moving
-    run = decode_stream.run if shape.rows == 1 else decode_rows.run
+    run = decode_rows.run if dealt else decode_stream.run
     found = run(
         shape,
         {

@@ -152,7 +152,9 @@ def split_held(layers: Any, size: int, before: Any = None, mail: Any = None) -> 
 
 def room_for_mail(config: HoloConfig, form: Form, rows: int) -> Any:
     """``stack.mail``, where the form has it."""
-    return stack.mail(stack.shape_of(config, rows, 1, form.programs)) if form.stacked else None
+    if not form.stacked:
+        return None
+    return stack.mail(stack.shape_of(config, rows, 1, form.programs), form.dealt)
 
 
 def reusable(moving: Any, form: Form, size: int) -> Any:
@@ -264,7 +266,7 @@ def through_blocks(
         own: Any = moving.layers
         room = own.pending.keys.shape[-2]
         shape = stack.shape_of(config, tokens.shape[0], room, form.programs, interpret=form.interpret)
-        x, after = stack.through(shape, packed["stack"], x, hidden, fixed, own, numbers)
+        x, after = stack.through(shape, packed["stack"], x, hidden, fixed, own, numbers, form.dealt)
         return x, ModelState(after, position, segment)
     context = Context(
         moving.position[:, None],

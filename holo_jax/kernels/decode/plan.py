@@ -44,14 +44,21 @@ class Plan(NamedTuple):
     down: int
 
 
+def groups(shape: Shape) -> int:
+    """Warpgroups of a program that compute; another one asks for weights."""
+    return 1 if shape.interpret else GROUPS
+
+
+def per_head(shape: Shape) -> int:
+    """Rows of the maps of one head, an even number."""
+    found = shape.d * (1 + shape.gate) + shape.m + shape.write + shape.erase
+    return found + found % 2
+
+
 def plan(shape: Shape) -> Plan:
     """Equal shares, in whole rows."""
-    per_head = shape.d * (1 + shape.gate) + shape.m + shape.write + shape.erase
-    per_head += per_head % 2
-    outputs = (shape.heads * per_head, shape.width, shape.hidden, shape.width)
-    return Plan(
-        1 if shape.interpret else GROUPS, per_head, *(-(-number // shape.programs) for number in outputs)
-    )
+    outputs = (shape.heads * per_head(shape), shape.width, shape.hidden, shape.width)
+    return Plan(groups(shape), per_head(shape), *(-(-number // shape.programs) for number in outputs))
 
 
 def first(shape: Shape, name: str, program: Any) -> Any:

@@ -15,7 +15,7 @@ it, and what is stored three layers on is stored by programs that have heard of 
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,84 +37,137 @@ _PENDING = ("phases", "keys", "written", "squares")
 
 
 def fetch(shape: Shape, refs: Refs) -> None:
-    """The warpgroup that asks for weights, a few copies at a time, in the order in which they are needed.
+    """The warpgroup that asks for weights and states, a few copies at a time, in the order of their need.
 
-    It also clears slots of the mail, and has states of heads in the second cache before they are asked for.
+    It also clears slots of the mail. The first copies of ``up`` are asked for once heads have read their
+    states, which are in their place until then.
     """
     plgpu = mosaic.pallas()
 
     worker = RowsWorker(shape, refs)
-    items: list[Any] = []
-    for name in PRODUCTS:
-        for n, (first, lines) in enumerate(decode_rows_plan.copies(shape, name)):
-            own = pl.ds(first, lines)
-            free = refs["free"].at[PRODUCTS.index(name)] if n == 0 else None
-            items.append((name, own, refs[f"{name}_come"].at[n], free))
+    late = decode_rows_plan.late(shape)
 
-    def used(name: str, layer: Array, free: Any) -> None:
-        """Waits until the weights of the layer before are not needed any more."""
-        plgpu.barrier_wait(free)
+    class Item(NamedTuple):
+        """One or several copies, what says that they have come, what that their room is free, whose it is.
+
+        A late one is of the layer before; of a head that is not there nothing is copied.
+        """
+
+        start: Any
+        come: Any
+        free: Any
+        name: str
+        late: bool = False
+        here: Any = None
+
+    def weights(name: str, own: Any, come: Any) -> Any:
+        def start(layer: Array) -> None:
+            source = refs[name].at[layer, worker.program, own]
+            plgpu.copy_gmem_to_smem(source, refs[f"{name}_room"].at[own], come)
+
+        return start
+
+    def states(slot: int, names: tuple[str, ...], come: Any) -> Any:
+        def start(layer: Array) -> None:
+            row, head = worker.head_of(slot)
+            for name in names:
+                source = refs[name].at[layer, row, head]
+                plgpu.copy_gmem_to_smem(source, refs[f"{name}_room"].at[slot], come)
+
+        return start
+
+    items: list[Item] = []
+    for name in PRODUCTS:
+        pieces = []
+        for n, (first, lines) in enumerate(decode_rows_plan.copies(shape, name)):
+            own, come = pl.ds(first, lines), refs[f"{name}_come"].at[n]
+            pieces.append(Item(weights(name, own, come), come, None, name, name == "up" and n < late))
+        if name == "up":
+            items[:0] = [item._replace(free=None if n else "heads") for n, item in enumerate(pieces[:late])]
+            pieces = pieces[late:]
+            for slot in reversed(range(decode_rows_plan.heads_of_program(shape))):
+                for kind, names in enumerate((("keys", "written"), ("memory",))):
+                    come = refs["held_come" if kind == 0 else "memory_come"].at[slot]
+                    pieces.insert(0, Item(states(slot, names, come), come, None, name, here=worker.has(slot)))
+        items += [item if n else item._replace(free=name) for n, item in enumerate(pieces)]
+
+    def used(name: str, layer: Array) -> None:
+        """Waits until what was in this room is not needed any more."""
+        plgpu.barrier_wait(refs["heads_read"] if name == "heads" else refs["free"].at[PRODUCTS.index(name)])
         if name == "out":
             worker.clear(worker.slot(layer - 2))
 
+    def when(do: Any, *conditions: Any) -> None:
+        given = [x for x in conditions if x is not None]
+        if given:
+            pl.when(given[0] if len(given) == 1 else given[0] & given[1])(do)
+        else:
+            do()
+
+    def begin(item: Item, layer: Array) -> None:
+        item.start(layer - 1 if item.late else layer)
+
     def body(layer: Array, none: Array) -> Array:
-        for n, (name, own, come, free) in enumerate(items):
-            if free is not None:
-                pl.when(layer > 0)(partial(used, name, layer, free))
+        for n, item in enumerate(items):
+            if item.free is not None:
+                pl.when(layer > 0)(partial(used, item.free, layer))
             if n == 0:
                 worker.ask(layer)
-            before = n - FLIGHT
-            if before >= -len(items):
-                other = items[before][2]
-                if before < 0:
-                    pl.when(layer > 0)(partial(plgpu.barrier_wait, other))
-                else:
-                    plgpu.barrier_wait(other)
-            plgpu.copy_gmem_to_smem(
-                refs[name].at[layer, worker.program, own], refs[f"{name}_room"].at[own], come
-            )
+            other = items[n - FLIGHT]
+            again = layer > 0 if n < FLIGHT or other.late else None
+            when(partial(plgpu.barrier_wait, other.come), again, other.here)
+            when(partial(begin, item, layer), layer > 0 if item.late else None, item.here)
         return none
 
     jax.lax.fori_loop(0, shape.layers, body, jnp.int32(0))
     # What came last: nobody waits for it here any more, but every barrier is to be seen to its end.
-    for n, (name, _, come, free) in enumerate(items):
-        if n >= len(items) - FLIGHT:
-            plgpu.barrier_wait(come)
-        if free is not None:
-            used(name, jnp.int32(shape.layers), free)
+    for item in items[-FLIGHT:]:
+        when(partial(plgpu.barrier_wait, item.come), item.here)
+    end = jnp.int32(shape.layers)
+    for item in items:
+        if item.late:
+            if item.free is not None:
+                used(item.free, end)
+            begin(item, end)
+    for item in items:
+        if item.late:
+            plgpu.barrier_wait(item.come)
+        elif item.free is not None:
+            used(item.free, end)
 
 
 def compute(shape: Shape, refs: Refs) -> None:
     """A warpgroup that computes: its walk through the layers."""
+    plgpu = mosaic.pallas()
+
     worker = RowsWorker(shape, refs)
-    heads = shape.rows * shape.heads
-    workers = decode_rows_plan.workers(shape)
-    turns = pl.cdiv(heads, workers)
+    groups, places = decode_plan.groups(shape), decode_rows_plan.heads_of_program(shape)
+    turns = pl.cdiv(places, groups)
+    layouts = worker.layouts
+    states = {"memory": layouts.slabs, "keys": layouts.lines, "written": layouts.slabs}
 
-    def place(turn: Any) -> tuple[Place, Array]:
-        """A head of this warpgroup, the last one if there is none, and whether there is."""
-        at = decode_rows_plan.head_of(shape, worker.program, worker.group) + turn * workers
-        own = jnp.minimum(at, heads - 1)
-        row = own // shape.heads
-        return Place(jnp.int32(0), row, own % shape.heads, worker.numbers_of(row)), at < heads
+    def place_of(own: Any) -> Place:
+        """Of a place of this program, or the last head if there is none."""
+        row, head = worker.head_of(own)
+        return Place(jnp.int32(0), row, head, worker.numbers_of(row))
 
-    def loaded(at: Place) -> Any:
-        layer, row, head, _ = at
-        layouts = {
-            "memory": worker.layouts.slabs,
-            "keys": worker.layouts.lines,
-            "written": worker.layouts.slabs,
-        }
-        states = {name: worker.load(refs[name].at[layer, row, head], own) for name, own in layouts.items()}
+    def loaded(at: Place, own: Any) -> Any:
+        def wait() -> None:
+            for name in ("held_come", "memory_come"):
+                plgpu.barrier_wait(refs[name].at[own])
+
+        pl.when(worker.has(own))(wait)
+        found = {name: worker.load(refs[f"{name}_room"].at[own], layout) for name, layout in states.items()}
         phases, weights, norm, biases = of_head(worker, at)
-        lanes = worker.layouts.lanes
         small = (
-            [worker.held(x, lanes) for x in phases],
-            [[worker.held(x, lanes) for x in taps] for taps in weights],
-            None if norm is None else worker.held(norm, worker.layouts.lines.reduce(0)),
+            [worker.held(x, layouts.lanes) for x in phases],
+            [[worker.held(x, layouts.lanes) for x in taps] for taps in weights],
+            None if norm is None else worker.held(norm, layouts.lines.reduce(0)),
             {name: worker.held(x, None) for name, x in biases.items()},
         )
-        return small, {name: worker.held(x, layouts[name]) for name, x in states.items()}
+        found = {name: worker.held(x, states[name]) for name, x in found.items()}
+        plgpu.barrier_arrive(refs["heads_read"])
+        return small, found
 
     def memory(at: Place, slot: Array, own: Any) -> None:
         small, states = own
@@ -126,19 +179,27 @@ def compute(shape: Shape, refs: Refs) -> None:
         )
         head(worker, at, refs["stage"].at[worker.group], small, exchange)
 
-    # A GPU has one turn, whose states are on their way to registers while the maps are exchanged.
-    only = place(0) if turns == 1 else None
+    # A GPU has one turn.
+    only = place_of(worker.group) if turns == 1 else None
 
     def body(layer: Array, none: Array) -> Array:
         slot, following = (worker.slot(layer + n) for n in (0, 1))
 
         worker.product("maps", layer, slot, slot)
-        own = None if only is None else loaded(only[0]._replace(layer=layer))
 
         def turn_of(turn: Any, none: Array) -> Array:
-            at, here = place(turn) if only is None else only
-            at = at._replace(layer=layer)
-            pl.when(here)(lambda: memory(at, slot, loaded(at) if own is None else own))
+            own = worker.group + turn * groups
+            at = (place_of(own) if only is None else only)._replace(layer=layer)
+
+            def work() -> None:
+                given = loaded(at, own)
+                pl.when(worker.has(own))(lambda: memory(at, slot, given))
+
+            # A warpgroup without a place has no head in any program.
+            if places < groups:
+                pl.when(worker.group < places)(work)
+            else:
+                work()
             return none
 
         if turns == 1:
@@ -156,7 +217,9 @@ def compute(shape: Shape, refs: Refs) -> None:
 
 def decode_rows(shape: Shape, refs: Refs) -> None:
     """One warpgroup of one program; ``refs`` as in ``run``."""
-    groups = decode_plan.plan(shape).groups
+    weights, states = refs["shared_room"]
+    refs = {**refs, "up_room": weights, **{f"{name}_room": room for name, room in states.items()}}
+    groups = decode_plan.groups(shape)
     pl.when(jax.lax.axis_index("group") == groups)(partial(fetch, shape, refs))
     pl.when(jax.lax.axis_index("group") < groups)(partial(compute, shape, refs))
 
@@ -181,11 +244,18 @@ def run(shape: Shape, arrays: dict[str, Array]) -> dict[str, Array]:
     plgpu = mosaic.pallas()
 
     changed = ("hidden", "mail", *_PENDING)
-    groups = decode_plan.plan(shape).groups
+    groups = decode_plan.groups(shape)
     scratch: Refs = {}
     for name in PRODUCTS:
         scratch[f"{name}_room"] = plgpu.SMEM(decode_rows_plan.room(shape, name), jnp.bfloat16)
         scratch[f"{name}_come"] = plgpu.Barrier(num_barriers=len(decode_rows_plan.copies(shape, name)))
+    sizes = decode_rows_plan.states(shape)
+    places = {name: plgpu.SMEM(size, jnp.float32) for name, size in sizes.items()}
+    scratch["shared_room"] = plgpu.RefUnion(scratch.pop("up_room"), places)
+    count = decode_rows_plan.heads_of_program(shape)
+    scratch["held_come"] = plgpu.Barrier(num_arrivals=2, num_barriers=count)
+    scratch["memory_come"] = plgpu.Barrier(num_barriers=count)
+    scratch["heads_read"] = plgpu.Barrier(num_arrivals=count)
     for place in ("sums", "added_sums"):
         scratch[place] = plgpu.SMEM((decode_rows_plan.sums_bytes(shape, place) // 4,), jnp.float32)
     scratch["stage"] = plgpu.SMEM((groups, decode_plan.stage(shape)), jnp.float32)

@@ -137,14 +137,31 @@ def sums_bytes(shape: Shape, place: str) -> int:
     return 4 * WARPS * padded(shape) * (most * TILE + 1)
 
 
-def head_of(shape: Shape, program: Any, group: Any) -> Any:
-    """Number of the head, row by row, that a warpgroup works out; there may be none of this number."""
-    return program + shape.programs * group
-
-
 def workers(shape: Shape) -> int:
     """Heads of rows that are worked out at a time."""
     return shape.programs * decode_plan.plan(shape).groups
+
+
+def heads_of_program(shape: Shape) -> int:
+    """Heads of rows that a program works out, at most; their states are in its shared memory."""
+    return -(-shape.rows * shape.heads // shape.programs)
+
+
+def states(shape: Shape) -> dict[str, tuple[int, int, int]]:
+    """Shared memory for states of a program's heads, float32, which lie where weights of ``up`` begin."""
+    count = heads_of_program(shape)
+    sizes = {"memory": (2 * shape.m, shape.d), "keys": (shape.size, 2 * shape.m)}
+    return {name: (count, *size) for name, size in {**sizes, "written": (shape.size, shape.d)}.items()}
+
+
+def states_bytes(shape: Shape) -> int:
+    """Of ``states``, in whole kilobytes each."""
+    return sum(-(-4 * math.prod(size) // 1024) * 1024 for size in states(shape).values())
+
+
+def late(shape: Shape) -> int:
+    """Copies of ``up`` that states are in the place of until heads have read them."""
+    return sum(2 * CHUNK * first < states_bytes(shape) for first, _ in copies(shape, "up"))
 
 
 def finishing(shape: Shape, name: str) -> int:
@@ -157,6 +174,8 @@ def finishing(shape: Shape, name: str) -> int:
 def shared_bytes(shape: Shape) -> int:
     """What a program keeps in shared memory, in whole kilobytes each, and what the compiler adds."""
     sizes = [2 * math.prod(room(shape, name)) for name in PRODUCTS]
+    up = PRODUCTS.index("up")
+    sizes[up] = max(sizes[up], states_bytes(shape))
     sizes += [sums_bytes(shape, place) for place in ("sums", "added_sums")]
     sizes += [4 * decode_plan.stage(shape) * decode_plan.GROUPS, 1024]
     return sum(-(-size // 1024) * 1024 for size in sizes) + _SCRATCH_BYTES
@@ -167,8 +186,8 @@ def unsupported(shape: Shape, storage: Any) -> str | None:
     reason = decode_plan.unsupported_layers(shape, storage)
     if reason is not None:
         return reason
-    if not 2 <= shape.rows <= MOST_ROWS:
-        return f"the batch has {shape.rows} rows; it must have 2 to {MOST_ROWS}"
+    if shape.rows > MOST_ROWS:
+        return f"the batch has {shape.rows} rows; it must have at most {MOST_ROWS}"
     if shape.rows * shape.heads > workers(shape):
         return (
             f"the batch has {shape.rows * shape.heads} heads; the kernel works out {workers(shape)} at a time"

@@ -180,9 +180,6 @@ def _multiplied(call: Multiply) -> list[str]:
     lines += ["mov.b32 n, 0; setp.ne.u32 p, <waits>, 0;"]
     lines += [f"setp.lt.u32 h0, g, {call.rows}; add.u32 t, g, 8; setp.lt.u32 h1, t, {call.rows};"]
     lines += ["@!p bra DONE;"]
-    lines += ["FIRST:", f"ld.relaxed.gpu.global.b32 d, [f]; setp.eq.u32 p, d, {NONE};"]
-    lines += [f"add.u32 n, n, 1; @p setp.lt.u32 p, n, {PATIENCE};"]
-    lines += ["vote.sync.any.pred p, p, 0xffffffff;", "@p bra FIRST;"]
     lines += [f"mov.pred m{h}_{i}, h{h};" for h, i in vectors]
     lines += ["AGAIN:"]
     for h, i in vectors:

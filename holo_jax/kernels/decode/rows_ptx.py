@@ -26,16 +26,11 @@ def cleared(programs: int, slot: int) -> str:
     return "\n".join([*lines, "fence.acq_rel.gpu;", "}"])
 
 
-def asked(size: int) -> str:
-    """Has a block of so many bytes in the second cache. Operands: thread of 128, array, block."""
-    lines = [
-        "{",
-        ".reg .pred p; .reg .b64 a;",
-        f"mad.wide.u32 a, $2, {size}, $1; mad.wide.u32 a, $0, 128, a;",
-    ]
-    for begin in range(0, size, 128 * 128):
-        lines += [f"setp.lt.u32 p, $0, {-(-(size - begin) // 128)}; @p prefetch.global.L2 [a+{begin}];"]
-    return "\n".join([*lines, "}"])
+def asked(count: int, step: int) -> str:
+    """Has so many lines in the second cache. Operands: thread of 128, array, where the first is in bytes."""
+    lines = ["{", ".reg .pred p; .reg .b64 a, b;", "cvt.u64.u32 a, $2; add.s64 a, a, $1;"]
+    lines += [f"mad.wide.u32 a, $0, {step}, a; setp.lt.u32 p, $0, {count}; @p prefetch.global.L2 [a];", "}"]
+    return "\n".join(lines)
 
 
 def pairs(active: int) -> str:

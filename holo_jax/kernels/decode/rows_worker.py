@@ -172,18 +172,31 @@ class RowsWorker(Worker):
 
         pl.when(self.stores("out"))(store)
 
+    def head_of(self, slot: Any) -> tuple[Array, Array]:
+        """Row and head in a place of this program; the last one if there is none."""
+        shape = self.shape
+        own = jnp.minimum(self.program + shape.programs * slot, shape.rows * shape.heads - 1)
+        return own // shape.heads, own % shape.heads
+
+    def has(self, slot: Any) -> Array:
+        """Whether there is a head for a place of this program."""
+        return self.program + self.shape.programs * slot < self.shape.rows * self.shape.heads
+
     def ask(self, layer: Array) -> None:
-        """Has the states of this program's heads in the second cache, by the warpgroup that fetches."""
+        """Has taps and norms of this program's heads in the second cache, by the warpgroup that fetches."""
         shape, refs = self.shape, self.refs
         if self.interpret:
             return
-        for group in range(self.plan.groups):
-            at = decode_rows_plan.head_of(shape, self.program, group)
-            own = (layer * shape.rows * shape.heads) + jnp.minimum(at, shape.rows * shape.heads - 1)
-            sizes = {"memory": 2 * shape.m * shape.d, "keys": 2 * shape.size * shape.m}
-            sizes["written"] = shape.size * shape.d
-            for name, size in sizes.items():
-                self.call(decode_rows_ptx.asked(4 * size), [refs[name]], own, threads=128)
+        for slot in range(decode_rows_plan.heads_of_program(shape)):
+            _, head = self.head_of(slot)
+            for name in ("write_taps", "read_taps"):
+                text = decode_rows_ptx.asked(shape.taps, 4 * shape.heads * shape.m)
+                at = (layer * shape.taps * shape.heads + head) * (4 * shape.m)
+                self.call(text, [refs[name]], at, threads=128)
+            if shape.head_norm:
+                at = (layer * shape.heads + head) * (4 * shape.d)
+                text = decode_rows_ptx.asked(4 * shape.d // 128, 128)
+                self.call(text, [refs["head_norm"]], at, threads=128)
 
     def maps(self, row: Array, head: Array, slot: Array) -> Array:
         """Waits for the maps of a head, float32 ``[MAPS]``, then zeros."""
