@@ -318,7 +318,7 @@ def _decode_block(
             finite=finite,
             tokens=jnp.full((size, start.shape[0]), NONE, jnp.int32),
         )
-        x = first_input(model, counts, form) if by_kernels else None
+        x = first_input(model, counts) if by_kernels else None
         looped = (counts.packed(), x, now.logits, hidden, moving, now.seen)
         # Two tokens a turn leave what the second makes where the first found its own: nothing is copied.
         looped, _ = jax.lax.scan(one, looped, length=size, unroll=2 if form.stacked else 1)

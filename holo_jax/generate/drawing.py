@@ -14,9 +14,7 @@ from holo_jax.generate.counts import Counts
 from holo_jax.generate.sampling import Plan, SamplingNumbers, noise
 from holo_jax.generate.stepping import Form, embed, logits_of
 from holo_jax.kernels.decode import choose as decode_choose
-from holo_jax.kernels.decode import mail as decode_mail
 from holo_jax.kernels.decode import scores as decode_scores
-from holo_jax.kernels.decode import stream as decode_stream
 from holo_jax.layers import embedding_std
 from holo_jax.model import HoloForCausalLM
 
@@ -34,13 +32,9 @@ def drawing_of(
     return decode_scores.Drawing(noise(keys, vocabulary), numbers.temperature[None], allowed[None])
 
 
-def first_input(model: HoloForCausalLM, counts: Counts, form: Form) -> Array:
+def first_input(model: HoloForCausalLM, counts: Counts) -> Float[Array, "b e"]:
     """The embedded token before the first block, as ``next_token`` returns it."""
-    x = embed(model, jnp.where(counts.active, counts.token, 0))
-    if not form.stacked or form.dealt:
-        return x
-    number = decode_stream.first_number(model.config.num_hidden_layers, counts.launch)
-    return decode_mail.numbered(x, number[:, None])
+    return embed(model, jnp.where(counts.active, counts.token, 0))
 
 
 def next_token(
@@ -66,7 +60,7 @@ def next_token(
       Logits, ``numbers`` before the next token, and what it enters the first block as.
     """
     config, norm, interpret = model.config, model.model.norm, form.interpret
-    if form.dealt:
+    if form.stacked:
         logits = logits_of(model, hidden, form, packed)
         scores = decode_scores.of_logits(logits, drawing, numbers, interpret=interpret)
     else:
@@ -86,7 +80,6 @@ def next_token(
         stop_tokens,
         model.model.embedding[...].astype(config.precision.storage),
         divisor=embedding_std(config) if config.tie_embeddings else None,
-        layers=config.num_hidden_layers if form.stacked and not form.dealt else None,
         interpret=interpret,
     )
     return logits, numbers, x

@@ -15,23 +15,7 @@ from holo_jax.kernels.decode import plan as decode_plan
 from holo_jax.kernels.decode import rows as decode_rows
 from holo_jax.kernels.decode import rows_plan as decode_rows_plan
 from holo_jax.kernels.decode import shape as decode_shape
-from holo_jax.kernels.decode import stream as decode_stream
 from holo_jax.model import HoloForCausalLM
-
-
-@jax.jit
-def pack(model: HoloForCausalLM) -> dict[str, Array]:
-    """The weights of all blocks by the names of ``decode_stream.run``; of a model in decoding form."""
-    config = model.config
-    periods: Any = model.model.periods
-    blocks = [block for period in periods for block in period.blocks]
-
-    return {
-        **_products(config, [_transposed(block) for block in blocks]),
-        **_small(config, blocks),
-        "mixer_norm": jnp.stack([block.mixer_norm.weight[...] for block in blocks]),
-        "mlp_norm": jnp.stack([block.mlp_norm.weight[...] for block in blocks]),
-    }
 
 
 @partial(jax.jit, static_argnums=1)
@@ -145,11 +129,6 @@ def shape_of(
     )
 
 
-def mail(shape: decode_shape.Shape, dealt: bool) -> dict[str, Array]:
-    """Of the kernel over all layers, before its first launch; ``dealt``: of that for several rows."""
-    return {"mail": decode_rows_plan.mail(shape)} if dealt else decode_stream.mail(shape)
-
-
 class Moving(NamedTuple):
     """What a token changes: what is pending in all layers, and ``mail`` of the kernel over them.
 
@@ -157,7 +136,7 @@ class Moving(NamedTuple):
     """
 
     pending: Pending
-    mail: dict[str, Array]
+    mail: Int[Array, "s w"]
     launch: Int[Array, ""]
 
 
@@ -216,36 +195,33 @@ def joined(
 def through(
     shape: decode_shape.Shape,
     weights: dict[str, Array],
-    x: Array,
+    x: Float[Array, "b e"],
     hidden: Float[Array, "b e"],
     held: Held,
     moving: Moving,
     numbers: Int[Array, "n b"],
-    dealt: bool,
 ) -> tuple[Float[Array, "b e"], Moving]:
     """One token a row through all blocks; states stacked over layers.
 
     Args:
       shape: see ``decode_shape.Shape``.
-      weights: of ``pack``, or of ``deal`` if ``dealt``.
-      x: the embedded tokens ``[b, e]`` in the storage dtype, or one as words of ``decode_stream.run``.
+      weights: of ``deal``.
+      x: the embedded tokens ``[b, e]`` in the storage dtype.
       hidden: what this function returned for the last token that was read.
       held: as in ``heads``, of all layers.
       moving: see ``Moving``.
       numbers: as in ``heads``.
-      dealt: by the kernel for several rows.
 
     Returns:
       The residual stream after the last block, or ``hidden``, and ``moving`` after the token.
     """
     pending, mail, launch = moving
-    run = decode_rows.run if dealt else decode_stream.run
-    found = run(
+    found = decode_rows.run(
         shape,
         {
             **weights,
             **pending._asdict(),
-            **mail,
+            "mail": mail,
             "x": x,
             "hidden": hidden,
             "memory": held.memory,
@@ -254,4 +230,4 @@ def through(
         },
     )
     after = Pending(*(found[name] for name in Pending._fields))
-    return found["hidden"], Moving(after, {name: found[name] for name in mail}, launch)
+    return found["hidden"], Moving(after, found["mail"], launch)

@@ -24,7 +24,6 @@ from holo_jax.generate.pending import (
 from holo_jax.generate.reading import next_logits
 from holo_jax.kernels import capability
 from holo_jax.kernels.decode import gate as decode_gate
-from holo_jax.kernels.decode import plan as decode_plan
 from holo_jax.kernels.decode import products as decode_products
 from holo_jax.kernels.decode import rows_plan as decode_rows_plan
 from holo_jax.kernels.decode import shape as decode_shape
@@ -37,8 +36,7 @@ class Form(NamedTuple):
     """How tokens are read.
 
     Attributes:
-      stacked: by one kernel over all layers, on states and weights stacked over depth.
-      dealt: with ``stacked``, by the kernel for several rows, and weights dealt to its programs.
+      stacked: by one kernel over all layers, on states stacked over depth and weights dealt to its programs.
       heads: memories by a kernel.
       products: with ``heads``, also the products between memories, with norms, gates and sums around them.
       folded: with ``heads``, norms' weights in the maps after them, and the norms in kernels after those.
@@ -49,7 +47,6 @@ class Form(NamedTuple):
     """
 
     stacked: bool = False
-    dealt: bool = False
     heads: bool = False
     products: bool = False
     folded: bool = False
@@ -61,9 +58,9 @@ class Form(NamedTuple):
 
 PORTABLE = Form()
 # A kernel joins when it has been equal to the definition, and faster, on hardware: at width 1024 and one row
-# "stack" took 0.201 ms a token where "products" took 0.352, and at 16 rows "rows" 0.226 where "folded" took
-# 0.371 (H200).
-AUTOMATIC: tuple[str, ...] = ("stack", "rows", "products", "folded", "heads")
+# "rows" took 0.147 ms a token where "products" took 0.352, and at 16 rows 0.200 where "folded" took 0.371
+# (H200).
+AUTOMATIC: tuple[str, ...] = ("rows", "products", "folded", "heads")
 # One row takes a kernel a layer from this many bytes of weights a layer: at width 1024 (25 MB) it was slower
 # than the portable form, at 2048 (99 MB) sixteen rows by it took 0.73 of one row's time without.
 _HEADS_BYTES = 2**25
@@ -80,18 +77,11 @@ def choose(config: HoloConfig, rows: int) -> Form:
     every = config.mlp == "swiglu" and config.norm == "rmsnorm" and not config.anchor_every
     heads = decode_shape.unsupported_heads(shape) is None
     if (
-        "stack" in AUTOMATIC
-        and every
-        and decode_plan.unsupported(shape, config.precision.storage) is None
-        and decode_products.unsupported(rows, (shape.width,)) is None
-    ):
-        return Form(stacked=True, drawn=True, programs=programs)
-    if (
         "rows" in AUTOMATIC
         and every
         and decode_rows_plan.unsupported(shape, config.precision.storage) is None
     ):
-        return Form(stacked=True, dealt=True, drawn=True, programs=programs)
+        return Form(stacked=True, drawn=True, programs=programs)
     narrow = every and heads and jnp.dtype(config.precision.storage) == jnp.bfloat16
     if (
         "products" in AUTOMATIC
@@ -151,10 +141,8 @@ def split_held(layers: Any, size: int, before: Any = None, mail: Any = None) -> 
 
 
 def room_for_mail(config: HoloConfig, form: Form, rows: int) -> Any:
-    """``stack.mail``, where the form has it."""
-    if not form.stacked:
-        return None
-    return stack.mail(stack.shape_of(config, rows, 1, form.programs), form.dealt)
+    """Of the kernel over all layers before its first launch, where the form has it."""
+    return decode_rows_plan.mail(stack.shape_of(config, rows, 1, form.programs)) if form.stacked else None
 
 
 def reusable(moving: Any, form: Form, size: int) -> Any:
@@ -266,7 +254,7 @@ def through_blocks(
         own: Any = moving.layers
         room = own.pending.keys.shape[-2]
         shape = stack.shape_of(config, tokens.shape[0], room, form.programs, interpret=form.interpret)
-        x, after = stack.through(shape, packed["stack"], x, hidden, fixed, own, numbers, form.dealt)
+        x, after = stack.through(shape, packed["stack"], x, hidden, fixed, own, numbers)
         return x, ModelState(after, position, segment)
     context = Context(
         moving.position[:, None],
@@ -305,10 +293,8 @@ def through_blocks(
 
 def pack(model: HoloForCausalLM, form: Form) -> Any:
     """The weights once more as kernels want them, or None where the form has none; see ``stack``."""
-    if form.dealt:
-        return {"stack": stack.deal(model, form.programs)}
     if form.stacked:
-        return {"stack": stack.pack(model), "head": stack.transposed_head(model)}
+        return {"stack": stack.deal(model, form.programs)}
     if form.products:
         return {"blocks": stack.transposed(model), "head": stack.transposed_head(model)}
     if form.folded:
@@ -317,8 +303,8 @@ def pack(model: HoloForCausalLM, form: Form) -> Any:
 
 
 def logits_of(model: HoloForCausalLM, x: Float[Array, "b e"], form: Form, packed: Any) -> Float[Array, "b v"]:
-    """From the residual stream after the last block to logits in float32; in its forms by a kernel too."""
-    if packed is None or form.folded or form.dealt:
+    """From the residual stream after the last block to logits in float32; with ``products`` by a kernel."""
+    if not form.products:
         return next_logits(model, model.model.norm(x[:, None])[:, 0])
     norm = model.model.norm
     weight = norm.weight[...]

@@ -114,8 +114,9 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     assert stepping.choose(narrow, 1) == products
     monkeypatch.setattr(decode_plan, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    assert stepping.choose(narrow, 1) == stepping.Form(stacked=True, drawn=True, programs=132)
+    whole = stepping.Form(stacked=True, drawn=True, programs=132)
+    assert all(stepping.choose(narrow, rows) == whole for rows in (1, 2, 16))
     assert stepping.choose(wide, 1) == products
-    several = stepping.Form(stacked=True, dealt=True, drawn=True, programs=132)
-    assert stepping.choose(narrow, 2) == stepping.choose(narrow, 16) == several
+    many_heads = narrow.replace(hidden_size=512, hd_dim=3584)
+    assert stepping.choose(many_heads, 1) == products
     assert stepping.choose(narrow, 17) == folded and stepping.choose(wide, 2) == heads

@@ -1,4 +1,6 @@
-"""One kernel over all layers for several rows: its shares, and tokens in Pallas' interpreter."""
+"""One kernel over all layers: its shares, and tokens in Pallas' interpreter."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from holo_jax.config import HoloConfig
 from holo_jax.generate import decoding_form, prefill, stack
 from holo_jax.generate.decoding import loop_state
-from holo_jax.generate.stepping import Form, pack, room_for_mail, split_held, step
+from holo_jax.generate.stepping import Form, join_held, pack, reusable, room_for_mail, split_held, step
 from holo_jax.kernels import capability
 from holo_jax.kernels.decode import plan as decode_plan
 from holo_jax.kernels.decode import rows_plan as decode_rows_plan
@@ -45,6 +47,18 @@ def test_dealt_weights_are_all_there(name: str) -> None:
     assert lines == list(range(decode_rows_plan.room(shape, name)[0]))
 
 
+def test_every_map_has_a_place() -> None:
+    """At the size that the kernel is for."""
+    shape = shape_of()
+    rows = np.asarray(decode_plan.rows_by_head(shape)).reshape(shape.heads, decode_plan.per_head(shape))
+    assert set(rows.ravel()) == set(range(shape.offsets["all"]))
+    first = shape.offsets
+    np.testing.assert_array_equal(rows[3, : shape.d], first["values"] + 3 * shape.d + np.arange(shape.d))
+    phases = rows[3, shape.d : shape.d + shape.m]
+    np.testing.assert_array_equal(phases, first["phases"] + 3 * shape.m + np.arange(shape.m))
+    assert rows[3, 2 * shape.d + shape.m] == first["write"] + 3
+
+
 def test_a_lane_finds_eight_columns() -> None:
     """Of whole tiles and the last one: 16 bytes of lane ``4 row + q`` are columns from ``8 q``."""
     shape = shape_of(programs=20, width=256, heads=4, hidden=512)
@@ -69,49 +83,60 @@ def test_a_lane_finds_eight_columns() -> None:
         (dict(heads=20), "the batch has 320 heads; the kernel works out 264 at a time"),
         (dict(hidden=2700), "the product down sums over 2700 columns; it must be a multiple of 256"),
         (dict(hidden=3072), "a program's weights of a layer take 243712 bytes; it can hold 232448"),
+        (dict(rows=1, width=2048), "a program's weights of a layer take 411648 bytes; it can hold 232448"),
+        (
+            dict(rows=1, width=512, heads=56, hidden=512),
+            "a program makes 70 results of maps; it must be about 64 or fewer",
+        ),
     ],
-    ids=["many", "phasors", "heads", "columns", "memory"],
+    ids=["many", "phasors", "heads", "columns", "memory", "width", "share"],
 )
 def test_what_it_refuses(changes: dict, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reasons name the field, the value and the constraint."""
     for module in (decode_plan, decode_shape):
         monkeypatch.setattr(module, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    assert decode_rows_plan.unsupported(shape_of(), jnp.bfloat16) is None
+    for rows in (1, 2, 16):
+        assert decode_rows_plan.unsupported(shape_of(rows), jnp.bfloat16) is None
     assert decode_rows_plan.unsupported(shape_of(**changes), jnp.bfloat16) == reason
     assert decode_rows_plan.unsupported(shape_of(), jnp.float32) == "storage is float32; it must be bfloat16"
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     assert "must be 0.11 or newer" in str(decode_rows_plan.unsupported(shape_of(), jnp.bfloat16))
 
 
-def found_by(config: HoloConfig, form: Form, rows: int, steps: int) -> list[np.ndarray]:
-    """Logits and pending writes of tokens of which the second row reads all but one; positions differ."""
+def found_by(config: HoloConfig, form: Form, rows: int, steps: int, groups: int = 1) -> list[np.ndarray]:
+    """Logits and pending writes of groups of tokens.
+
+    Of each the first or second row reads all tokens but one; positions differ.
+    """
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, config.vocab_size, (rows, 5 + steps)).astype(np.int32)
+    ids = rng.integers(0, config.vocab_size, (rows, 5 + groups * steps)).astype(np.int32)
     prompts = [row[: 3 + n % 3] for n, row in enumerate(ids)]
     model = decoding_form(build(config))
     start = prefill(model, prompts)
     active = np.ones((steps, rows), bool)
-    active[1, 1] = False
+    active[1, min(1, rows - 1)] = False
 
     @jax.jit
     def run(model, packed, state):
-        fixed, moving = split_held(state.layers, steps, mail=room_for_mail(config, form, rows))
-
-        def one(carry, given):
+        def one(carry, given, fixed):
             logits, carry = step(model, given[1], fixed, carry, given[0], given[2], None, form, packed)
             return carry, logits
 
-        given = (jnp.arange(steps, dtype=jnp.int32), jnp.asarray(ids[:, 5:].T), jnp.asarray(active))
-        after, logits = jax.lax.scan(one, state._replace(layers=moving), given)
-        pending = after.layers.pending if form.stacked else _stacked(after.layers)
-        logits = jnp.where(given[2][:, :, None], logits, 0.0)
-        return (
-            logits,
-            pending.phases[:, :, : 3 + steps],
-            pending.keys[:, :, :, :steps],
-            pending.written[:, :, :, :steps],
-        )
+        found, used, mail = [], None, room_for_mail(config, form, rows)
+        for group in range(groups):
+            fixed, moving = split_held(state.layers, steps, used, mail)
+            own = ids[:, 5 + group * steps :][:, :steps].T
+            given = (jnp.arange(steps, dtype=jnp.int32), jnp.asarray(own), jnp.asarray(active))
+            after, logits = jax.lax.scan(partial(one, fixed=fixed), state._replace(layers=moving), given)
+            pending = after.layers.pending if form.stacked else _stacked(after.layers)
+            found.append(jnp.where(given[2][:, :, None], logits, 0.0))
+            found.append(pending.phases[:, :, : 3 + steps])
+            found += [x[:, :, :, :steps] for x in (pending.keys, pending.written)]
+            used = reusable(after.layers, form, steps)
+            read = given[2].sum(0, dtype=jnp.int32)
+            state = after._replace(layers=join_held(fixed, after.layers, read, steps, form))
+        return found
 
     with jax.default_matmul_precision("highest"):
         found = run(model, pack(model, form), loop_state(config, start.state, form))
@@ -122,10 +147,10 @@ def _stacked(layers):
     return jax.tree.map(lambda *x: jnp.stack(x), *(period[0] for period in layers))
 
 
-def distances(config: HoloConfig, form: Form, rows: int, steps: int = 3) -> list[tuple[float, float]]:
+def distances(config: HoloConfig, form: Form, rows: int, groups: int = 1) -> list[tuple[float, float]]:
     """From float32: of the portable form, and of ``form``."""
     exact, portable, own = (
-        found_by(*how, rows, steps)
+        found_by(*how, rows, 3, groups)
         for how in ((config.replace(precision=FULL), Form()), (config, Form()), (config, form))
     )
     rms = lambda x, y: float(np.sqrt(np.mean((x - y) ** 2)))  # noqa: E731
@@ -134,32 +159,41 @@ def distances(config: HoloConfig, form: Form, rows: int, steps: int = 3) -> list
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter came with jax 0.11")
 @pytest.mark.parametrize(
-    ("rows", "changes"),
+    ("rows", "groups", "changes"),
     [
-        (3, dict(num_hidden_layers=2)),
-        (9, dict(num_hidden_layers=1, erase=False, output_gate=False, retrieval_scale="sqrt_writes")),
+        (1, 2, dict(num_hidden_layers=2)),
+        (1, 1, dict(num_hidden_layers=1, erase=False, output_gate=False, retrieval_scale="sqrt_writes")),
+        (3, 1, dict(num_hidden_layers=2)),
+        (9, 1, dict(num_hidden_layers=1, erase=False, output_gate=False, retrieval_scale="sqrt_writes")),
     ],
-    ids=["gated", "sum"],
+    ids=["one-gated", "one-sum", "gated", "sum"],
 )
-def test_tokens_are_the_portable_forms(rows: int, changes: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_the_portable_forms(
+    rows: int, groups: int, changes: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beside the portable form's own distance from float32, which is what roundings may cost."""
     monkeypatch.setattr(decode_rows_plan, "PIECE", 1 << 17)  # one program copies all weights
     config = HoloConfig(**SMALL, precision=MIXED, **changes)
-    form = Form(stacked=True, dealt=True, interpret=True)
-    for portable, own in distances(config, form, rows):
+    form = Form(stacked=True, interpret=True)
+    for portable, own in distances(config, form, rows, groups):
         assert own < 1.5 * portable + 1e-6
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
-@pytest.mark.parametrize("rows", [2, 7, 16])
-def test_all_programs_together_are_the_portable_form(rows: int) -> None:
-    """Compiled, at the width that it is for; the same bits again."""
-    config = HoloConfig(vocab_size=64, hidden_size=1024, hd_dim=1024, num_hidden_layers=5, precision=MIXED)
+@pytest.mark.parametrize(
+    ("rows", "sizes"),
+    [(rows, dict(vocab_size=64, hidden_size=1024, hd_dim=1024)) for rows in (1, 2, 7, 16)]
+    + [(rows, SMALL) for rows in (1, 9)],
+    ids=["one", "two", "seven", "sixteen", "one-narrow", "nine-narrow"],
+)
+def test_all_programs_together_are_the_portable_form(rows: int, sizes: dict) -> None:
+    """Compiled, at the width that it is for, and at one where programs have no head; the same bits again."""
+    config = HoloConfig(**sizes, num_hidden_layers=5, precision=MIXED)
     programs = capability.multiprocessors()
     if reason := decode_rows_plan.unsupported(stack.shape_of(config, rows, 4, programs), jnp.bfloat16):
         pytest.skip(reason)
-    form = Form(stacked=True, dealt=True, programs=programs)
-    for portable, own in distances(config, form, rows):
+    form = Form(stacked=True, programs=programs)
+    for portable, own in distances(config, form, rows, 2):
         assert own < 1.25 * portable + 1e-6
-    for first, again in zip(*(found_by(config, form, rows, 3) for _ in range(2)), strict=True):
+    for first, again in zip(*(found_by(config, form, rows, 3, 2) for _ in range(2)), strict=True):
         np.testing.assert_array_equal(first, again)

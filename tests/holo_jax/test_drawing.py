@@ -11,7 +11,6 @@ from holo_jax.generate.forms import decoding_form
 from holo_jax.generate.sampling import Sampling, draw, row_keys
 from holo_jax.generate.stepping import Form, embed, logits_of, pack
 from holo_jax.kernels.decode import choose as decode_choose
-from holo_jax.kernels.decode import mail as decode_mail
 from holo_jax.kernels.decode import scores as decode_scores
 from tests.holo_jax.models import build
 from tests.holo_jax.test_pending import small
@@ -41,7 +40,7 @@ def test_the_rows_are_those_of_counts() -> None:
     assert Counts._fields == (*decode_choose.ROWS, "tokens")
 
 
-@pytest.mark.parametrize("dealt", [False, True], ids=["made", "given"])
+@pytest.mark.parametrize("stacked", [False, True], ids=["made", "given"])
 @pytest.mark.parametrize(
     ("temperature", "changes"),
     [
@@ -52,7 +51,7 @@ def test_the_rows_are_those_of_counts() -> None:
     ids=["drawn", "greedy", "limit"],
 )
 def test_the_next_token_is_the_portable_forms(
-    temperature: float, changes: dict, dealt: bool, monkeypatch: pytest.MonkeyPatch
+    temperature: float, changes: dict, stacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Token, numbers and embedding, of logits that the kernel makes or is given, in several programs."""
     monkeypatch.setattr(decode_scores, "_LOGITS", 16)
@@ -63,8 +62,8 @@ def test_the_next_token_is_the_portable_forms(
     interpret = jax.default_backend() != "gpu"
     form = Form(heads=True, products=True, drawn=True, interpret=interpret)
     packed = pack(model, form)
-    if dealt:
-        form, packed = Form(stacked=True, dealt=True, drawn=True, interpret=interpret), None
+    if stacked:
+        form, packed = Form(stacked=True, drawn=True, interpret=interpret), None
     hidden = jax.random.normal(jax.random.key(1), (ROWS, config.hidden_size))
     now, allowed = counts(**changes), jnp.int32(33)
     sampling = Sampling(temperature=temperature)
@@ -83,18 +82,7 @@ def test_the_next_token_is_the_portable_forms(
     np.testing.assert_array_equal(after, following.packed())
     assert (np.asarray(token) < 33).all() and np.asarray(following.finite).all()
     np.testing.assert_array_equal(x, embed(model, jnp.where(following.active, token, 0)))
-    np.testing.assert_array_equal(first_input(model, unpacked(after), form), x)
-
-
-def test_words_carry_the_number_of_the_next_launch() -> None:
-    """What the kernel over all layers waits for."""
-    scores = decode_scores.Scores(jnp.array([[0.5, 2.0, 2.0]]), jnp.array([[2, 11, 17]], jnp.int32))
-    table = jax.random.normal(jax.random.key(0), (20, 24)).astype(jnp.bfloat16)
-    now = jax.tree.map(lambda x: x[..., :1], counts())
-    how = dict(divisor=None, layers=12, interpret=True)
-    after, words = decode_choose.choose(scores, now.packed(), STOPS, table, **how)
-    assert unpacked(after).token[0] == 11
-    np.testing.assert_array_equal(words, decode_mail.numbered(table[11:12], (40001 * 13 + 1) & 0xFFFF))
+    np.testing.assert_array_equal(first_input(model, unpacked(after)), x)
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
@@ -108,7 +96,7 @@ def test_logits_that_are_not_finite_are_told(bad: float) -> None:
     how = dict(eps=1e-6, dtype=jnp.float32, interpret=True)
     _, scores = decode_scores.scores(x, weight, jnp.ones(64), drawing, numbers, **how)
     table = jnp.zeros((20, 8), jnp.bfloat16)
-    after, _ = decode_choose.choose(scores, numbers, STOPS, table, divisor=None, layers=None, interpret=True)
+    after, _ = decode_choose.choose(scores, numbers, STOPS, table, divisor=None, interpret=True)
     assert not unpacked(after).finite[0] and 0 <= unpacked(after).token[0] < 20
 
 
@@ -116,7 +104,7 @@ def test_a_token_is_drawn_where_no_logit_is_a_number() -> None:
     """An id that exists, so that what reads its embedding reads no other memory."""
     scores = decode_scores.Scores(jnp.full((1, 3), jnp.nan), jnp.full((1, 3), 2**31 - 1, jnp.int32))
     table, now = jnp.zeros((20, 8)), jax.tree.map(lambda x: x[..., :1], counts())
-    how = dict(divisor=None, layers=None, interpret=True)
+    how = dict(divisor=None, interpret=True)
     after, _ = decode_choose.choose(scores, now.packed(), STOPS, table, **how)
     assert 0 <= unpacked(after).token[0] < 20 and not unpacked(after).finite[0]
 

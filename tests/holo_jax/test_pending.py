@@ -21,8 +21,8 @@ from holo_jax.kernels import capability
 from holo_jax.kernels.decode import choose as decode_choose
 from holo_jax.kernels.decode import gate as decode_gate
 from holo_jax.kernels.decode import heads as decode_heads
-from holo_jax.kernels.decode import plan as decode_plan
 from holo_jax.kernels.decode import products as decode_products
+from holo_jax.kernels.decode import rows_plan as decode_rows_plan
 from holo_jax.kernels.decode import scores as decode_scores
 from holo_jax.mixers import MemoryMixerState
 from holo_jax.model import HoloForCausalLM
@@ -249,7 +249,7 @@ def test_the_kernels_lower_for_a_gpu() -> None:
         how = dict(eps=1e-6, dtype=jnp.float32)
         drawn = decode_scores.scores(given[0], table, jnp.ones(64), drawing, numbers, **how)
         stops = jnp.zeros((4,), jnp.int32)
-        chosen = decode_choose.choose(drawn[1], numbers, stops, table, divisor=0.02, layers=3)
+        chosen = decode_choose.choose(drawn[1], numbers, stops, table, divisor=0.02)
         joined = stack.joined(held, pending, size=SIZE, interpret=False)
         return heads, joined, products, gated, drawn, chosen
 
@@ -282,7 +282,7 @@ def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int, mo
     if rows <= decode_products.MAX_ROWS:
         forms["products"] = Form(heads=True, products=True)
     shape = stack.shape_of(config, rows, 8, programs)
-    if decode_plan.unsupported(shape, jnp.bfloat16) is None:
+    if decode_rows_plan.unsupported(shape, jnp.bfloat16) is None:
         forms["stack"] = Form(stacked=True, programs=programs)
     forms["many"] = forms["heads"]
     for name, form in forms.items():
@@ -290,7 +290,7 @@ def test_the_kernels_compute_on_a_gpu_what_the_definition_computes(rows: int, mo
 
         @jax.jit
         def run(model, packed, state, ids, form=form):
-            fixed, moving = split_held(state.layers, 8, mail=room_for_mail(config, form, 1))
+            fixed, moving = split_held(state.layers, 8, mail=room_for_mail(config, form, rows))
 
             def one(moving, x):
                 active = jnp.ones((rows,), bool)

@@ -27,7 +27,6 @@ def choose(
     embedding: Float[Array, "v e"],
     *,
     divisor: float | None,
-    layers: int | None,
     interpret: bool = False,
 ) -> tuple[Int[Array, "n b"], Array]:
     """What is read next, and the small numbers then.
@@ -38,24 +37,23 @@ def choose(
       stop_tokens: ids that end a row.
       embedding: in the storage dtype.
       divisor: of its rows, or None for 1.
-      layers: of the kernel over all layers, which reads words with a number (``mail``), or None.
       interpret: run in Pallas' interpreter, anywhere.
 
     Returns:
       ``numbers`` after the token, and the embedding of the next one (of id 0 for rows that read none), ``[b,
-      e]``, in the storage dtype or, for bfloat16 with ``layers``, words of int32.
+      e]``, in the storage dtype.
     """
     (length, rows), programs = numbers.shape, scores.best.shape[1]
     width, stops = embedding.shape[1], stop_tokens.shape[0]
 
     def kernel(*refs: Any) -> None:
-        _program(refs, (length, programs, width, stops), divisor, layers)
+        _program(refs, (length, programs, width, stops), divisor)
 
     return pl.pallas_call(
         kernel,
         out_shape=(
             jax.ShapeDtypeStruct(numbers.shape, jnp.int32),
-            jax.ShapeDtypeStruct((rows, width), embedding.dtype if layers is None else jnp.int32),
+            jax.ShapeDtypeStruct((rows, width), embedding.dtype),
         ),
         grid=(rows,),
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
@@ -68,7 +66,7 @@ def _iota(length: int) -> Array:
     return jax.lax.iota(jnp.int32, 1 << max(0, length - 1).bit_length())
 
 
-def _program(refs: Any, sizes: tuple[int, ...], divisor: float | None, layers: int | None) -> None:
+def _program(refs: Any, sizes: tuple[int, ...], divisor: float | None) -> None:
     """One row."""
     best, at, numbers, stop_tokens, embedding, after, out = refs
     length, programs, width, stops = sizes
@@ -116,8 +114,4 @@ def _program(refs: Any, sizes: tuple[int, ...], divisor: float | None, layers: i
     if divisor is not None:
         by = jnp.asarray(divisor, x.dtype).astype(jnp.float32)
         x = (x.astype(jnp.float32) / by).astype(x.dtype)
-    if layers is not None:
-        number = (then["launch"] * (layers + 1) + 1) & 0xFFFF
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32)
-        x = jax.lax.shift_left(bits, 16) | number
     plgpu.store(out.at[jnp.full_like(columns, row), columns], x, mask=columns < width)

@@ -1,4 +1,4 @@
-"""The memory of one head inside the kernel over all layers (``stream``), by one warpgroup."""
+"""The memory of one head inside the kernel over all layers (``rows``), by one warpgroup."""
 
 import math
 from typing import Any, NamedTuple
@@ -80,7 +80,7 @@ def head(worker: Worker, at: Place, stage: Any, loaded: Any, exchange: Exchange)
     shape, refs = worker.shape, worker.refs
     load, spread = worker.load, worker.spread
     m, d, size, taps = shape.m, shape.d, shape.size, shape.taps
-    _, lines, slabs, lanes, _ = worker.layouts
+    lines, slabs, lanes = worker.layouts
     line, channel = lines.reduce(0), slabs.reduce(0)
     layer, row, head, numbers = at
     index, own = numbers.before, pl.ds(head * m, m)

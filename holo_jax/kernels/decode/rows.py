@@ -1,17 +1,23 @@
-"""One token of 2 to 16 rows through all memory layers by one kernel, on tensor cores (Pallas, Mosaic GPU).
+"""One token of 1 to 16 rows through all memory layers by one kernel, on tensor cores (Pallas, Mosaic GPU).
 
-As ``stream`` does for one row: a program for every multiprocessor stays for the whole token, a
-warpgroup of it asks for a layer's weights while the layer before is worked out, and vectors go from program
-to program through device memory without barriers. Two things differ with rows. Products are made by tensor
-cores, and the columns that they sum over are dealt to the warps of a program: so each warp needs only its
-part of a vector, and loads it from device memory into registers. And the memory of every head of every row is
-a warpgroup's work; its state, too large to be kept ahead beside a layer's weights, is on its way to registers
-while the maps are exchanged.
+A token costs what streaming the weights costs, if nothing interrupts the stream. With a kernel for every
+product something does: each starts, asks for its weights, waits for the first of them, and ends. Here one
+program for every multiprocessor stays for the whole token, with room in shared memory for its share of a
+layer's weights. When a share is multiplied, a warpgroup asks for the same one of the next layer, by
+asynchronous copies: a layer's weights arrive while the layer before is worked out.
 
-Vectors are in the mail as plain numbers, where a word of ones says that nothing has come
-(``rows_ptx``). A layer has a slot of its own; four layers on it is used again. A slot is cleared in
-the layer after its own: whoever has the input of that layer's output map knows that all have read what was in
-it, and what is stored three layers on is stored by programs that have heard of the clearing.
+A layer has five parts, each of which needs all of the one before: the maps of the normed input; the memory,
+one head of a row a warpgroup; the output map and the residual sum; the gated hidden layer of the denoiser;
+its output map and the residual sum. Products are made by tensor cores, and the columns that they sum over are
+dealt to the warps of a program: so each warp needs only its part of a vector, and loads it from device memory
+into registers until all of it has come. States of heads are too large to be kept ahead beside a layer's
+weights: they are copied to where those of ``up`` begin, once these are multiplied.
+
+Vectors go from program to program through device memory without barriers, as plain numbers, where a word of
+ones says that nothing has come (``rows_ptx``). A layer has a slot of its own; four layers on it is used
+again. A slot is cleared in the layer after its own: whoever has the input of that layer's output map knows
+that all have read what was in it, and what is stored three layers on is stored by programs that have heard
+of the clearing. Who makes nothing of a product does not wait for its vector either.
 """
 
 from functools import partial
@@ -31,7 +37,7 @@ from holo_jax.kernels.decode.rows_worker import RowsWorker
 from holo_jax.kernels.decode.shape import Shape
 from holo_jax.kernels.decode.worker import Refs, launch
 
-# Copies on their way to a program at a time.
+# Copies on their way to a program at a time; six were slower.
 FLIGHT = 3
 _PENDING = ("phases", "keys", "written", "squares")
 

@@ -1,4 +1,4 @@
-"""Shares, weights and mail of the kernel over all layers for several rows, and which models it takes.
+"""Shares, weights and mail of the kernel over all layers, and which models it takes.
 
 A program's rows of a weight lie side by side in the order in which tensor cores want them: eight rows at a
 time, 32 columns of them at a time, eight columns a lane. So shared memory holds no padding, and a warp loads
@@ -25,6 +25,7 @@ SLOTS = 4
 PIECE = 1 << 14
 MOST_ROWS = 16
 _THREADS = 32 * WARPS
+# What barriers and the compiler take of shared memory.
 _SCRATCH_BYTES = 3072
 
 
@@ -139,7 +140,7 @@ def sums_bytes(shape: Shape, place: str) -> int:
 
 def workers(shape: Shape) -> int:
     """Heads of rows that are worked out at a time."""
-    return shape.programs * decode_plan.plan(shape).groups
+    return shape.programs * decode_plan.groups(shape)
 
 
 def heads_of_program(shape: Shape) -> int:
@@ -182,7 +183,7 @@ def shared_bytes(shape: Shape) -> int:
 
 
 def unsupported(shape: Shape, storage: Any) -> str | None:
-    """Why the kernel over all layers cannot take several rows here, or None."""
+    """Why the kernel over all layers cannot run here, or None."""
     reason = decode_plan.unsupported_layers(shape, storage)
     if reason is not None:
         return reason

@@ -1,4 +1,4 @@
-"""The text of a product of the kernel over all layers for several rows, from the wait to the results.
+"""The text of a product of the kernel over all layers, from the wait to the results.
 
 A product is ``mma.sync.m16n8k16``: rows of the batch by eight rows of a weight. The order of columns is the
 same for both and else free, so a lane has eight in a row of either, 16 bytes, for two of the instruction.

@@ -1,4 +1,4 @@
-"""Texts of the kernel over all layers for several rows: its mail.
+"""Texts of the kernel over all layers: its mail.
 
 Vectors of all rows lie in the mail (``rows_plan``) as plain numbers. A word of ones stands where
 nothing has come: rounding to bfloat16 makes no such pair, arithmetic no such float32, whatever they are

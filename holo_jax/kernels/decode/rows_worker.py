@@ -1,4 +1,4 @@
-"""One warpgroup of the kernel over all layers for several rows: products by tensor cores, and the mail.
+"""One warpgroup of the kernel over all layers: products by tensor cores, and the mail.
 
 See ``rows``. All warps of a program make one product together: each multiplies its part of the
 columns, which it loads from device memory into registers itself; parts meet in shared memory.
@@ -106,7 +106,7 @@ class RowsWorker(Worker):
             depth=decode_plan.depth(shape, name),
             eps=shape.eps,
             heads=shape.heads,
-            per_head=self.plan.per_head,
+            per_head=decode_plan.per_head(shape),
         )
 
     def begin(self) -> None:
@@ -118,9 +118,7 @@ class RowsWorker(Worker):
         text = decode_rows_product.begun(self.finish_of("down"))
         self.call(text, [refs["stream"], refs["x"]], self.first("down"))
 
-    def product(  # type: ignore[override]
-        self, name: str, layer: Array, slot: Array, target: Array
-    ) -> None:
+    def product(self, name: str, layer: Array, slot: Array, target: Array) -> None:
         """Waits for a vector, multiplies by this program's rows, gives their room back, stores the results.
 
         Args:
@@ -202,7 +200,7 @@ class RowsWorker(Worker):
         """Waits for the maps of a head, float32 ``[MAPS]``, then zeros."""
         plgpu = mosaic.pallas()
 
-        shape, own = self.shape, self.plan.per_head
+        shape, own = self.shape, decode_plan.per_head(self.shape)
         first = (row * shape.heads + head) * own
         if self.interpret:
             words = self.refs["mail"][slot, pl.ds(self.vectors["y"].at + first, own)]
