@@ -25,6 +25,7 @@ from holo_jax.generate.reading import next_logits
 from holo_jax.kernels import capability
 from holo_jax.kernels.decode import gate as decode_gate
 from holo_jax.kernels.decode import products as decode_products
+from holo_jax.kernels.decode import rows as decode_rows
 from holo_jax.kernels.decode import rows_plan as decode_rows_plan
 from holo_jax.kernels.decode import shape as decode_shape
 from holo_jax.layers import embedding_std, lookup, project
@@ -80,6 +81,8 @@ def choose(config: HoloConfig, rows: int) -> Form:
         "rows" in AUTOMATIC
         and every
         and decode_rows_plan.unsupported(shape, config.precision.storage) is None
+        # Fewer copies end in another order, which has not been seen on a card.
+        and decode_rows_plan.after_states(shape) >= decode_rows.FLIGHT
     ):
         return Form(stacked=True, drawn=True, programs=programs)
     narrow = every and heads and jnp.dtype(config.precision.storage) == jnp.bfloat16

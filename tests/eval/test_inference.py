@@ -2,11 +2,13 @@
 
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from eval import inference
+from eval.inference_parts import reading
 from eval.inference_parts.reading import measure
 
 
@@ -34,3 +36,17 @@ def test_reading_is_measured(model: str) -> None:
     measured = measure(model=model, **sizes)
     assert set(measured) - {"added_bytes"} == {"peak_bytes", "tokens_per_second", "state_bytes"}
     assert json.loads(json.dumps(measured)) and measured["peak_bytes"] > measured["state_bytes"] > 0
+
+
+def test_every_reading_compiles_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compiling takes of a device's memory is in the peak of each, or of none."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "somewhere")
+    asked = {}
+
+    def run(command: list[str], **options: dict) -> subprocess.CompletedProcess:
+        asked.update(options["env"])
+        return subprocess.CompletedProcess(command, 0, stdout='{"peak_bytes": 1.0}\n')
+
+    monkeypatch.setattr(reading.subprocess, "run", run)
+    assert reading._in_a_process({}) == {"peak_bytes": 1.0}
+    assert asked["JAX_ENABLE_COMPILATION_CACHE"] == asked["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"

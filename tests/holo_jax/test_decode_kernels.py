@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 
 from holo_jax.functional.memory.state import compensated_add
-from holo_jax.generate import stepping
+from holo_jax.generate import stack, stepping
 from holo_jax.kernels import capability
 from holo_jax.kernels.decode import gate as decode_gate
 from holo_jax.kernels.decode import join as decode_join
 from holo_jax.kernels.decode import plan as decode_plan
 from holo_jax.kernels.decode import products as decode_products
+from holo_jax.kernels.decode import rows as decode_rows
+from holo_jax.kernels.decode import rows_plan as decode_rows_plan
 from holo_jax.kernels.decode import shape as decode_shape
 from holo_jax.precision import FULL, MIXED
 from tests.holo_jax.models import variant_config
@@ -117,6 +119,11 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     whole = stepping.Form(stacked=True, drawn=True, programs=132)
     assert all(stepping.choose(narrow, rows) == whole for rows in (1, 2, 16))
     assert stepping.choose(wide, 1) == products
+    few_copies = narrow.replace(mlp_ratio=1.0)
+    shape = stack.shape_of(few_copies, 1, 16, 132)
+    assert decode_rows_plan.unsupported(shape, jnp.bfloat16) is None
+    assert decode_rows_plan.after_states(shape) < decode_rows.FLIGHT
+    assert stepping.choose(few_copies, 1) == products and stepping.choose(few_copies, 16) == folded
     many_heads = narrow.replace(hidden_size=512, hd_dim=3584)
     assert stepping.choose(many_heads, 1) == products
     assert stepping.choose(narrow, 17) == folded and stepping.choose(wide, 2) == heads
