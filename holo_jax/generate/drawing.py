@@ -1,8 +1,8 @@
-"""Drawing tokens by two kernels: logits with the highest score of each program, and all that follows.
+"""Drawing tokens by two kernels after the head's product: the highest scores, and all that follows.
 
-A token of one row is few kernels, and between any two of them a device stands still for a microsecond or
-two. Without filters and penalty the token drawn is that of the highest score, so that none is needed but the
-head's product and one that looks at what its programs found.
+A token of few rows is few kernels, and between any two of them a device stands still for a microsecond or
+two. Without filters and penalty the token drawn is that of the highest score, so that none is needed but one
+that finds the highest of each part of the ids and one that looks at these.
 """
 
 from typing import Any
@@ -59,21 +59,9 @@ def next_token(
     Returns:
       Logits, ``numbers`` before the next token, and what it enters the first block as.
     """
-    config, norm, interpret = model.config, model.model.norm, form.interpret
-    if form.stacked:
-        logits = logits_of(model, hidden, form, packed)
-        scores = decode_scores.of_logits(logits, drawing, numbers, interpret=interpret)
-    else:
-        logits, scores = decode_scores.scores(
-            hidden,
-            packed["head"],
-            norm.weight[...],
-            drawing,
-            numbers,
-            eps=norm.eps,
-            dtype=config.precision.logits,
-            interpret=interpret,
-        )
+    config, interpret = model.config, form.interpret
+    logits = logits_of(model, hidden, form, packed)
+    scores = decode_scores.of_logits(logits, drawing, numbers, interpret=interpret)
     numbers, x = decode_choose.choose(
         scores,
         numbers,

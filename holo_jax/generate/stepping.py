@@ -41,7 +41,7 @@ class Form(NamedTuple):
       heads: memories by a kernel.
       products: with ``heads``, also the products between memories, with norms, gates and sums around them.
       folded: with ``heads``, norms' weights in the maps after them, and the norms in kernels after those.
-      drawn: with ``stacked`` or ``products``, tokens are drawn by kernels (``drawing``).
+      drawn: tokens are drawn by kernels (``drawing``).
       cublas: the compiler's products are all cuBLAS's, none generated.
       programs: programs of the kernel over all layers.
       interpret: see ``decode_shape.Shape``.

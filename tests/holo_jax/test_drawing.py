@@ -40,7 +40,7 @@ def test_the_rows_are_those_of_counts() -> None:
     assert Counts._fields == (*decode_choose.ROWS, "tokens")
 
 
-@pytest.mark.parametrize("stacked", [False, True], ids=["made", "given"])
+@pytest.mark.parametrize("stacked", [False, True], ids=["products", "compiler"])
 @pytest.mark.parametrize(
     ("temperature", "changes"),
     [
@@ -53,7 +53,7 @@ def test_the_rows_are_those_of_counts() -> None:
 def test_the_next_token_is_the_portable_forms(
     temperature: float, changes: dict, stacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Token, numbers and embedding, of logits that the kernel makes or is given, in several programs."""
+    """Token, numbers and embedding, of logits by a kernel or the compiler's, in several programs."""
     monkeypatch.setattr(decode_scores, "_LOGITS", 16)
     changes = dict(changes)
     tied = {name: changes.pop(name) for name in list(changes) if name == "tie_embeddings"}
@@ -88,16 +88,14 @@ def test_the_next_token_is_the_portable_forms(
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])
 def test_logits_that_are_not_finite_are_told(bad: float) -> None:
     """Of the row that has them, also where the id may not be drawn."""
-    weight = jnp.eye(32, dtype=jnp.float32)[jnp.arange(20)].at[18].set(bad)
-    weight = jnp.pad(weight, ((0, 0), (0, 32)))
-    x = jnp.ones((2, 64)).at[1].set(0.0)
+    logits = jnp.zeros((2, 20)).at[0, 18].set(bad)
     drawing = decode_scores.Drawing(None, None, jnp.array([10], jnp.int32))
     numbers = jnp.zeros((len(decode_choose.ROWS) + SIZE, 2), jnp.int32).at[-1 - SIZE].set(1)
-    how = dict(eps=1e-6, dtype=jnp.float32, interpret=True)
-    _, scores = decode_scores.scores(x, weight, jnp.ones(64), drawing, numbers, **how)
+    scores = decode_scores.of_logits(logits, drawing, numbers, interpret=True)
     table = jnp.zeros((20, 8), jnp.bfloat16)
     after, _ = decode_choose.choose(scores, numbers, STOPS, table, divisor=None, interpret=True)
     assert not unpacked(after).finite[0] and 0 <= unpacked(after).token[0] < 20
+    assert unpacked(after).finite[1]
 
 
 def test_a_token_is_drawn_where_no_logit_is_a_number() -> None:

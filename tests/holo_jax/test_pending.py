@@ -246,10 +246,9 @@ def test_the_kernels_lower_for_a_gpu() -> None:
         gated = decode_gate.gated(jnp.zeros((2, 72)), given[0], eps=1e-6)
         drawing = decode_scores.Drawing(jnp.zeros((SIZE, 2, 40)), jnp.ones((1,)), jnp.full((1,), 40))
         table, numbers = jnp.zeros((40, 64), jnp.bfloat16), jnp.zeros((8 + SIZE, 2), jnp.int32)
-        how = dict(eps=1e-6, dtype=jnp.float32)
-        drawn = decode_scores.scores(given[0], table, jnp.ones(64), drawing, numbers, **how)
+        drawn = decode_scores.of_logits(jnp.zeros((2, 40)), drawing, numbers)
         stops = jnp.zeros((4,), jnp.int32)
-        chosen = decode_choose.choose(drawn[1], numbers, stops, table, divisor=0.02)
+        chosen = decode_choose.choose(drawn, numbers, stops, table, divisor=0.02)
         joined = stack.joined(held, pending, size=SIZE, interpret=False)
         return heads, joined, products, gated, drawn, chosen
 

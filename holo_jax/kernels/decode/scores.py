@@ -1,8 +1,7 @@
-"""Logits of a token by one kernel, which also leaves what drawing the next token needs (Pallas, Triton).
+"""What drawing the next token needs of its logits, by one kernel (Pallas, Triton).
 
-The token drawn has the highest score, a logit over the temperature plus noise. A program that makes a few
-logits knows the highest of its scores, so nobody reads all of them again: ``choose`` finds the highest
-of the programs'. The head's product is ``products``' of kind ``maps``.
+The token drawn has the highest score, a logit over the temperature plus noise. Each program finds the highest
+of its own ids, and ``choose`` the highest of the programs'.
 """
 
 from typing import Any, NamedTuple
@@ -13,10 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array, Float, Int
-from holo_jax.kernels.decode import products as decode_products
 
 _NO_ID = 2**31 - 1
-# Logits that a program looks at, where it does not make them.
+# Logits that a program looks at.
 _LOGITS = 1024
 
 
@@ -47,79 +45,16 @@ class Scores(NamedTuple):
     at: Int[Array, "b p"]
 
 
-def scores(
-    x: Float[Array, "b e"],
-    weight: Float[Array, "v e"],
-    norm: Float[Array, " e"],
-    drawing: Drawing,
-    numbers: Int[Array, "n b"],
-    *,
-    eps: float,
-    dtype: Any,
-    interpret: bool = False,
-) -> tuple[Float[Array, "b v"], Scores]:
-    """Logits and scores.
-
-    Args:
-      x: the residual stream after the last block, in the storage dtype.
-      weight: of the head, in the storage dtype.
-      norm: weight of the norm before it.
-      drawing: see ``Drawing``.
-      numbers: its first row is the number of tokens of the group before this one, the same in all columns.
-      eps: of the norm.
-      dtype: that logits are rounded to.
-      interpret: run in Pallas' interpreter, anywhere.
-
-    Returns:
-      Logits in float32, and ``Scores``.
-    """
-    rows, depth = x.shape
-    outputs = weight.shape[0]
-    tiling = decode_products.tiling_of(depth)
-    call = decode_products.Product("maps", rows, depth, outputs, eps, tiling, interpret)
-    programs = pl.cdiv(outputs, tiling.outputs)
-    given = {"x": x, "weight": weight, "norm": norm, "numbers": numbers, **drawing._asdict()}
-
-    def kernel(refs: dict[str, Any], *results: Any) -> None:
-        columns = decode_products.columns(call)
-        # Indices are traced: what loads by numbers alone the interpreter refuses.
-        zero = pl.program_id(0) * 0
-        allowed = plgpu.load(refs["allowed"].at[zero])
-        # Asked for before the weights. Of what no id has, the last id's.
-        noises = [_noise(refs, row, jnp.minimum(columns, outputs - 1)) for row in range(rows)]
-        for row, (noise, [sums]) in enumerate(zip(noises, decode_products.products(call, refs), strict=True)):
-            logits = sums.astype(dtype).astype(jnp.float32)
-            here = (jnp.full_like(columns, row), columns)
-            plgpu.store(results[0].at[here], logits, mask=columns < outputs)
-            # Columns past the end hold the last one's logits once more.
-            best, at = _best(refs, logits, noise, columns, jnp.minimum(allowed, outputs), interpret)
-            own = (row + zero, pl.program_id(0))
-            plgpu.store(results[1].at[own], best)
-            plgpu.store(results[2].at[own], at)
-
-    logits, best, at = pl.pallas_call(
-        kernel,
-        out_shape=(
-            jax.ShapeDtypeStruct((rows, outputs), jnp.float32),
-            jax.ShapeDtypeStruct((rows, programs), jnp.float32),
-            jax.ShapeDtypeStruct((rows, programs), jnp.int32),
-        ),
-        grid=(programs,),
-        compiler_params=None if interpret else plgpu.CompilerParams(num_warps=tiling.outputs, num_stages=1),
-        interpret=interpret,
-        name="decode_scores",
-    )({name: array for name, array in given.items() if array is not None})
-    return logits, Scores(best, at)
-
-
 def of_logits(
     logits: Float[Array, "b v"], drawing: Drawing, numbers: Int[Array, "n b"], *, interpret: bool = False
 ) -> Scores:
-    """Scores of logits that are there: of more rows, whose head's product is the compiler's.
+    """Scores of a token's logits.
 
     Args:
       logits: in float32.
-      drawing, numbers, interpret: as in ``scores``.
+      drawing: see ``Drawing``.
+      numbers: its first row is the number of tokens of the group before this one, the same in all columns.
+      interpret: run in Pallas' interpreter, anywhere.
     """
     rows, outputs = logits.shape
     programs = pl.cdiv(outputs, _LOGITS)
