@@ -59,8 +59,8 @@ class Form(NamedTuple):
 
 PORTABLE = Form()
 # A kernel joins when it has been equal to the definition, and faster, on hardware: at width 1024 and one row
-# "rows" took 0.147 ms a token where "products" took 0.352, and at 16 rows 0.200 where "folded" took 0.371
-# (H200).
+# "rows" took 0.147 ms a token where "products" had taken 0.313, and at 16 rows 0.200 where "folded" had taken
+# 0.371 (H200, in other runs).
 AUTOMATIC: tuple[str, ...] = ("rows", "products", "folded", "heads")
 # One row takes a kernel a layer from this many bytes of weights a layer: at width 1024 (25 MB) it was slower
 # than the portable form, at 2048 (99 MB) sixteen rows by it took 0.73 of one row's time without.
