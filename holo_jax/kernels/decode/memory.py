@@ -1,6 +1,8 @@
 """The memory of one head inside the kernel over all layers (``rows``), by one warpgroup."""
 
 import math
+import operator
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +37,7 @@ class Exchange(NamedTuple):
     Attributes:
       maps: waits for the head's maps, float32 ``[256]``, then zeros.
       keys: waits for the head's state; pending keys, in lines.
-      memory: the memory and what pending keys bind, in slabs.
+      memory: the memory in parts of as many rows as there are pending keys, and what these bind, in slabs.
       put: stores what is read, in a line, float32 that bfloat16 can hold.
     """
 
@@ -65,6 +67,11 @@ def of_head(worker: Worker, at: Place) -> Any:
     return phases, weights, norm, biases
 
 
+def of_keys_layout(worker: Worker) -> Any:
+    """Of pending keys: fewer sums cross lanes where a row is in few of them."""
+    return worker.layouts.quads if worker.shape.size % 16 == 0 else worker.layouts.lines
+
+
 def head(worker: Worker, at: Place, stage: Any, loaded: Any, exchange: Exchange) -> None:
     """The memory of one head: read, hold the write back, normalise, gate.
 
@@ -80,7 +87,8 @@ def head(worker: Worker, at: Place, stage: Any, loaded: Any, exchange: Exchange)
     shape, refs = worker.shape, worker.refs
     load, spread = worker.load, worker.spread
     m, d, size, taps = shape.m, shape.d, shape.size, shape.taps
-    lines, slabs, lanes = worker.layouts
+    lines, slabs, lanes, _ = worker.layouts
+    rows = of_keys_layout(worker)
     line, channel = lines.reduce(0), slabs.reduce(0)
     layer, row, head, numbers = at
     index, own = numbers.before, pl.ds(head * m, m)
@@ -110,18 +118,26 @@ def head(worker: Worker, at: Place, stage: Any, loaded: Any, exchange: Exchange)
         stage[pl.ds(place.start + m, m)] = sine * m**-0.5
     worker.meet()
     write, read_key = (load(stage.at[place], line) for place in of_keys)
-    keys = filled(exchange.keys(), 2 * m, lines)
+    keys = filled(exchange.keys(), 2 * m, rows)
     refs["keys"].at[layer, row, head, index][...] = write
-    for place, key in zip(of_scores, (write, read_key), strict=True):
-        stage[place] = jnp.sum(keys * spread(key, (size, 2 * m), 1, lines), axis=1)
-    worker.meet()
+    for place, of_key in zip(of_scores, of_keys, strict=True):
+        key = load(stage.at[of_key], rows.reduce(0))
+        stage[place] = jnp.sum(keys * spread(key, (size, 2 * m), 1, rows), axis=1)
+
+    def times(part: Array, place: Any) -> Array:
+        return part * spread(load(stage.at[place], slabs.reduce(1)), (size, d), 0, slabs)
+
     memory, bound = exchange.memory()
     bound = filled(bound, d, slabs)
-    before = []
-    for of_key, of_score in zip(of_keys, of_scores, strict=True):
-        key = spread(load(stage.at[of_key], slabs.reduce(1)), (2 * m, d), 0, slabs)
-        score = spread(load(stage.at[of_score], slabs.reduce(1)), (size, d), 0, slabs)
-        before.append(jnp.sum(memory * key, axis=0) + jnp.sum(bound * score, axis=0))
+    # Added up before the sum over rows, which crosses lanes: that once for all.
+    terms = [
+        reduce(operator.add, (times(x, pl.ds(key.start + size * n, size)) for n, x in enumerate(memory)))
+        for key in of_keys
+    ]
+    worker.meet()
+    before = [
+        jnp.sum(term + times(bound, score), axis=0) for term, score in zip(terms, of_scores, strict=True)
+    ]
 
     def gate(name: str, at: int) -> Array:
         return 1.0 / (1.0 + jnp.exp(-(stage[at] + biases[name])))

@@ -31,7 +31,7 @@ from holo_jax.array_types import Array
 from holo_jax.kernels import mosaic
 from holo_jax.kernels.decode import plan as decode_plan
 from holo_jax.kernels.decode import rows_plan as decode_rows_plan
-from holo_jax.kernels.decode.memory import Exchange, Place, head, of_head
+from holo_jax.kernels.decode.memory import Exchange, Place, head, of_head, of_keys_layout
 from holo_jax.kernels.decode.plan import PRODUCTS
 from holo_jax.kernels.decode.rows_worker import RowsWorker
 from holo_jax.kernels.decode.shape import Shape
@@ -150,7 +150,8 @@ def compute(shape: Shape, refs: Refs) -> None:
     groups, places = decode_plan.groups(shape), decode_rows_plan.heads_of_program(shape)
     turns = pl.cdiv(places, groups)
     layouts = worker.layouts
-    states = {"memory": layouts.slabs, "keys": layouts.lines, "written": layouts.slabs}
+    parts = [pl.ds(n, shape.size) for n in range(0, 2 * shape.m, shape.size)]
+    pending = {"keys": of_keys_layout(worker), "written": layouts.slabs}
 
     def place_of(own: Any) -> Place:
         """Of a place of this program, or the last head if there is none."""
@@ -163,7 +164,8 @@ def compute(shape: Shape, refs: Refs) -> None:
                 plgpu.barrier_wait(refs[name].at[own])
 
         pl.when(worker.has(own))(wait)
-        found = {name: worker.load(refs[f"{name}_room"].at[own], layout) for name, layout in states.items()}
+        found = {name: worker.load(refs[f"{name}_room"].at[own], layout) for name, layout in pending.items()}
+        memory = [worker.load(refs["memory_room"].at[own, part], layouts.slabs) for part in parts]
         phases, weights, norm, biases = of_head(worker, at)
         small = (
             [worker.held(x, layouts.lanes) for x in phases],
@@ -171,16 +173,17 @@ def compute(shape: Shape, refs: Refs) -> None:
             None if norm is None else worker.held(norm, layouts.lines.reduce(0)),
             {name: worker.held(x, None) for name, x in biases.items()},
         )
-        found = {name: worker.held(x, states[name]) for name, x in found.items()}
+        found = {name: worker.held(x, pending[name]) for name, x in found.items()}
+        memory = [worker.held(x, layouts.slabs) for x in memory]
         plgpu.barrier_arrive(refs["heads_read"])
-        return small, found
+        return small, memory, found
 
     def memory(at: Place, slot: Array, own: Any) -> None:
-        small, states = own
+        small, memory, states = own
         exchange = Exchange(
             maps=lambda: worker.maps(at.row, at.head, slot),
             keys=lambda: states["keys"],
-            memory=lambda: (states["memory"], states["written"]),
+            memory=lambda: (memory, states["written"]),
             put=lambda read: worker.put(at.row, at.head, slot, read),
         )
         head(worker, at, refs["stage"].at[worker.group], small, exchange)

@@ -20,11 +20,13 @@ class Layouts(NamedTuple):
       lines: ``[4 n, 64]``, a row in one warp.
       slabs: ``[4 n, 64]``, a column in one warp.
       lanes: ``[32]``, the same in every warp.
+      quads: ``[16 n, 64]``, a row in eight lanes of one warp.
     """
 
     lines: Any
     slabs: Any
     lanes: Any
+    quads: Any
 
 
 def layouts() -> Layouts:
@@ -38,6 +40,7 @@ def layouts() -> Layouts:
         lines=tiled(((4, 64), (2,)), (-3,), (-2,)),
         slabs=tiled(((4, 64), (4, 16), (2,)), (-4,), (-3, -2)),
         lanes=tiled(((32,), (1,)), (plgpu.Replicated(4),), (-2,)),
+        quads=tiled(((16, 64), (4, 16), (2,)), (-5,), (-3, -2)),
     )
 
 
