@@ -284,9 +284,9 @@ def _decode_block(
         keys = row_keys(inputs.seeds, positions)
         drawing = None
         if by_kernels:
-            drawing = drawing_of(inputs.numbers, keys, model.config.vocab_size, inputs.allowed, plan)
+            drawing = drawing_of(inputs.numbers, keys, inputs.allowed, plan)
 
-        def one(carry: Any, no: None) -> tuple[Any, None]:
+        def one(carry: Any, no: None, joins: int = 0) -> tuple[Any, None]:
             numbers, x, _, hidden, layers, seen = carry
             now = unpacked(numbers)
             # Not the loop's own count: a number sliced out of an array at that is a copy of its own.
@@ -294,7 +294,7 @@ def _decode_block(
             state = ModelState(layers, now.position, segment)
             ids = jnp.where(now.active, now.token, 0)
             at = (fixed, state, index, now.active, turns, form, packed, numbers, x)
-            hidden, state = through_blocks(model, ids, hidden, *at)
+            hidden, state = through_blocks(model, ids, hidden, *at, joins=joins)
             if drawing is not None:
                 given = (model, hidden, drawing, numbers, inputs.stop_tokens, form, packed)
                 logits, numbers, x = next_token(*given)
@@ -321,7 +321,9 @@ def _decode_block(
         x = first_input(model, counts) if by_kernels else None
         looped = (counts.packed(), x, now.logits, hidden, moving, now.seen)
         # Two tokens a turn leave what the second makes where the first found its own: nothing is copied.
-        looped, _ = jax.lax.scan(one, looped, length=size, unroll=2 if form.stacked else 1)
+        looped, _ = jax.lax.scan(one, looped, length=size - form.joined, unroll=2 if form.stacked else 1)
+        if form.joined:
+            looped, _ = one(looped, None, size)
         numbers, _, logits, hidden, layers, seen = looped
         counts = unpacked(numbers)
         count = (counts.position - start).astype(jnp.int32)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.generate.counts import Counts
-from holo_jax.generate.sampling import Plan, SamplingNumbers, noise
+from holo_jax.generate.sampling import Plan, SamplingNumbers
 from holo_jax.generate.stepping import Form, embed, logits_of
 from holo_jax.kernels.decode import choose as decode_choose
 from holo_jax.kernels.decode import scores as decode_scores
@@ -22,14 +22,13 @@ from holo_jax.model import HoloForCausalLM
 def drawing_of(
     numbers: SamplingNumbers,
     keys: UInt32[Array, "c b k"],
-    vocabulary: int,
     allowed: Int[Array, ""],
     plan: Plan,
 ) -> decode_scores.Drawing:
     """Of a group of tokens with these keys of ``row_keys``."""
     if plan.greedy:
         return decode_scores.Drawing(None, None, allowed[None])
-    return decode_scores.Drawing(noise(keys, vocabulary), numbers.temperature[None], allowed[None])
+    return decode_scores.Drawing(keys, 1 / numbers.temperature[None], allowed[None])
 
 
 def first_input(model: HoloForCausalLM, counts: Counts) -> Float[Array, "b e"]:

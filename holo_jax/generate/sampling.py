@@ -12,8 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from holo_jax.array_types import Array, Bool, Float, Int, UInt32
+from holo_jax.functional.noise import row_noise
 
 _NOISE = "threefry2x32"
+# One over it times any logit of a model is a float32 number.
+_LEAST_TEMPERATURE = 1e-30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,11 @@ class Sampling:
             if not isinstance(value, wanted) or isinstance(value, bool):
                 kind = "an integer" if field.name == "top_k" else "a number"
                 raise TypeError(f"{field.name} is {value!r}; it must be {kind}")
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}; it must be zero or positive, and finite")
+        if self.temperature and not _LEAST_TEMPERATURE <= self.temperature < math.inf:
+            least = _LEAST_TEMPERATURE
+            raise ValueError(
+                f"temperature is {self.temperature}; it must be zero or positive, finite and at least {least}"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be positive, or 0 for all tokens")
         if not 0 < self.top_p <= 1:
@@ -158,7 +164,7 @@ def draw(
         logits = jnp.where(seen, penalised, logits)
     if plan.greedy:
         return _highest(logits, checked)
-    logits = logits / numbers.temperature
+    logits = logits * (1 / numbers.temperature)
     order = None
     if plan.filters:
         order = jnp.argsort(-logits, axis=-1, stable=True)
@@ -171,13 +177,7 @@ def draw(
 
 def noise(keys: UInt32[Array, "*n k"], size: int) -> Float[Array, "*n v"]:
     """What is added to the logits of rows with these keys."""
-
-    def own(key: Array) -> Array:
-        return jax.random.gumbel(jax.random.wrap_key_data(key, impl=_NOISE), (size,), jnp.float32)
-
-    for _ in keys.shape[:-1]:
-        own = jax.vmap(own)
-    return own(keys)
+    return jnp.vectorize(lambda key: row_noise(key, size), signature="(k)->(v)")(keys)
 
 
 def _highest(

@@ -140,6 +140,14 @@ class Moving(NamedTuple):
     launch: Int[Array, ""]
 
 
+class Joined(NamedTuple):
+    """A layer after the last token of a group: what was pending, and memory and residue with it."""
+
+    pending: Pending
+    memory: Float[Array, "b h k d"]
+    residue: Float[Array, "b h k d"]
+
+
 def heads(
     mixer: Any,
     y: Float[Array, "b f"],
@@ -148,7 +156,8 @@ def heads(
     numbers: Int[Array, "n b"],
     interpret: bool,
     stream: Float[Array, "b e"] | None = None,
-) -> tuple[Float[Array, "b e"], Pending]:
+    joins: int = 0,
+) -> tuple[Float[Array, "b e"], Pending | Joined]:
     """One layer's memory on the joined maps of a token, by a kernel; to be given to the output map.
 
     Args:
@@ -158,6 +167,7 @@ def heads(
       numbers: first rows as of ``counts.numbers``.
       interpret: run in Pallas' interpreter, anywhere.
       stream: the residual stream, if ``y`` is of it times the norm's weight (``folded``).
+      joins: see ``decode_heads.run_heads``.
 
     Returns:
       What the output map is applied to, in the storage dtype, and the group with its write.
@@ -172,15 +182,17 @@ def heads(
         arrays["write_bias"] = mixer.write.bias[...]
     if config.erase:
         arrays["erase_bias"] = mixer.erase.bias[...]
-    arrays = {name: array[None] for name, array in arrays.items() if name not in ("residue", "tail")}
+    left_out = ("tail",) if joins else ("residue", "tail")
+    arrays = {name: array[None] for name, array in arrays.items() if name not in left_out}
     arrays |= {
         "y": y,
         "numbers": numbers,
     }
     if stream is not None:
         arrays["stream"] = stream
-    found = decode_heads.run_heads(shape, arrays, jnp.dtype(config.precision.storage))
-    return found["z"], Pending(*(found[name][0] for name in Pending._fields))
+    found = decode_heads.run_heads(shape, arrays, jnp.dtype(config.precision.storage), joins=joins)
+    after = Pending(*(found[name][0] for name in Pending._fields))
+    return found["z"], Joined(after, found["memory"][0], found["residue"][0]) if joins else after
 
 
 def joined(

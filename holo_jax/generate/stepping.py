@@ -25,7 +25,6 @@ from holo_jax.generate.reading import next_logits
 from holo_jax.kernels import capability
 from holo_jax.kernels.decode import gate as decode_gate
 from holo_jax.kernels.decode import products as decode_products
-from holo_jax.kernels.decode import rows as decode_rows
 from holo_jax.kernels.decode import rows_plan as decode_rows_plan
 from holo_jax.kernels.decode import shape as decode_shape
 from holo_jax.layers import embedding_std, lookup, project
@@ -41,6 +40,7 @@ class Form(NamedTuple):
       heads: memories by a kernel.
       products: with ``heads``, also the products between memories, with norms, gates and sums around them.
       folded: with ``heads``, norms' weights in the maps after them, and the norms in kernels after those.
+      joined: with ``heads``, the last token of a group joins the group with the memory that it reads.
       drawn: tokens are drawn by kernels (``drawing``).
       cublas: the compiler's products are all cuBLAS's, none generated.
       programs: programs of the kernel over all layers.
@@ -51,6 +51,7 @@ class Form(NamedTuple):
     heads: bool = False
     products: bool = False
     folded: bool = False
+    joined: bool = False
     drawn: bool = False
     cublas: bool = False
     programs: int = 1
@@ -81,8 +82,6 @@ def choose(config: HoloConfig, rows: int) -> Form:
         "rows" in AUTOMATIC
         and every
         and decode_rows_plan.unsupported(shape, config.precision.storage) is None
-        # Fewer copies end in another order, which has not been seen on a card.
-        and decode_rows_plan.after_states(shape) >= decode_rows.FLIGHT
     ):
         return Form(stacked=True, drawn=True, programs=programs)
     narrow = every and heads and jnp.dtype(config.precision.storage) == jnp.bfloat16
@@ -92,12 +91,14 @@ def choose(config: HoloConfig, rows: int) -> Form:
         and rows <= _PRODUCTS_ROWS
         and decode_products.unsupported(rows, (shape.width, shape.values, shape.hidden)) is None
     ):
-        return Form(heads=True, products=True)
+        return Form(heads=True, products=True, drawn=True)
     small = _layer_bytes(shape, config) < _HEADS_BYTES
-    # Width 1024, 16 rows: 0.431 ms where norms of their own took 0.457 (H100); 256: 0.861 and 0.874 (H200).
+    # Width 1024, 16 rows: 0.431 ms where norms of their own took 0.457 (H100); 256: 0.861 and 0.874 (H200),
+    # and 0.795 where a group joined by a kernel of its own took 0.798; 64: equal.
     folded = "folded" in AUTOMATIC and narrow and small and rows > 1
     if folded or ("heads" in AUTOMATIC and heads and (rows > 1 or not small)):
-        return Form(heads=True, folded=folded, cublas=rows >= _CUBLAS_ROWS)
+        many = rows >= _CUBLAS_ROWS
+        return Form(heads=True, folded=folded, joined=many and small, drawn=True, cublas=many)
     return PORTABLE
 
 
@@ -157,17 +158,35 @@ def reusable(moving: Any, form: Form, size: int) -> Any:
         return moving._replace(launch=moving.launch + size)
     if not form.heads:
         return None
-    return tuple(tuple(x if isinstance(x, Pending) else None for x in period) for period in moving)
+
+    def room(x: Any) -> Any:
+        x = x.pending if isinstance(x, stack.Joined) else x
+        return x if isinstance(x, Pending) else None
+
+    return tuple(tuple(map(room, period)) for period in moving)
 
 
 def join_held(fixed: Any, moving: Any, count: Int[Array, "b"], size: int, form: Form) -> Any:
     """The layers after a group of ``size`` tokens, of which each row read ``count``."""
+    by_kernel = partial(stack.joined, size=size, interpret=form.interpret)
     if isinstance(fixed, Held):
-        return (jax.vmap(lambda held, pending: join(held, pending, count))(fixed, moving.pending),)
-    add = partial(stack.joined, size=size, interpret=form.interpret) if form.heads else None
-    own = partial(join, count=count, add=add)
+        layers = fixed.writes.shape[0]
+        # Layers as rows, which all are joined alike.
+        held, pending = (
+            jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x) for x in (fixed, moving.pending)
+        )
+        joined = join(held, pending, jnp.tile(count, layers), by_kernel)
+        return (jax.tree.map(lambda x: x.reshape(layers, -1, *x.shape[1:]), joined),)
+
+    def own(held: Any, x: Any) -> Any:
+        if held is None:
+            return x
+        if isinstance(x, stack.Joined):
+            return join(held, x.pending, count, lambda *_: (x.memory, x.residue))
+        return join(held, x, count, by_kernel if form.heads else None)
+
     return tuple(
-        tuple(x if held is None else own(held, x) for held, x in zip(*period, strict=True))
+        tuple(own(held, x) for held, x in zip(*period, strict=True))
         for period in zip(fixed, moving, strict=True)
     )
 
@@ -223,6 +242,7 @@ def through_blocks(
     packed: Any = None,
     numbers: Int[Array, "n b"] | None = None,
     embedded: Array | None = None,
+    joins: int = 0,
 ) -> tuple[Float[Array, "b e"], ModelState]:
     """Reads one token a row; rows that are not active keep what they have.
 
@@ -239,6 +259,8 @@ def through_blocks(
       numbers: ``index``, ``active`` and position once more, first rows as of ``counts.numbers``, if they are
         there as one array.
       embedded: ``tokens`` as of ``drawing.first_input``, if they are looked up already.
+      joins: for the last token of a group in a form with ``joined``, how many it has: layers are
+        ``stack.Joined`` then.
 
     Returns:
       The residual stream after the last block, for ``logits_of``, and ``moving`` after the token.
@@ -275,16 +297,16 @@ def through_blocks(
         for k, block in enumerate(period.blocks):
             held, state = fixed[n][k], moving.layers[n][k]
             if form.products:
-                x, state = _by_products(block, packed["blocks"][n][k], x, held, state, numbers, form)
+                x, state = _by_products(block, packed["blocks"][n][k], x, held, state, numbers, form, joins)
             elif form.folded:
-                x, state = _by_folded(block, packed["blocks"][n][k], x, held, state, numbers, form)
+                x, state = _by_folded(block, packed["blocks"][n][k], x, held, state, numbers, form, joins)
             elif held is None:
                 own = None if own_turns is None else own_turns[k]
                 # With a state a block leaves nothing for the next one to add.
                 x, _, state = block(x, None, context, own, state)
             else:
                 at = (index, active, moving.position, numbers)
-                mixed, state = _mix(block.mixer, block.mixer_norm(x), held, state, *at, form)
+                mixed, state = _mix(block.mixer, block.mixer_norm(x), held, state, *at, form, joins)
                 x = x + mixed
                 if block.has_mlp:
                     x = x + block.mlp(block.mlp_norm(x))
@@ -325,16 +347,17 @@ def _by_products(
     pending: Pending,
     numbers: Array,
     form: Form,
-) -> tuple[Float[Array, "b 1 e"], Pending]:
+    joins: int,
+) -> tuple[Float[Array, "b 1 e"], Pending | stack.Joined]:
     """A block on one token by five kernels."""
     interpret = form.interpret
     product = partial(decode_products.product, eps=block.mixer_norm.eps, interpret=interpret)
     x = x[:, 0]
     y = product("maps", x, weights["maps"], norm=block.mixer_norm.weight[...])
-    z, pending = stack.heads(block.mixer, y, held, pending, numbers, interpret)
+    z, after = stack.heads(block.mixer, y, held, pending, numbers, interpret, joins=joins)
     x = product("added", z, weights["out"], residual=x)
     hidden = product("gated", x, weights["up"], norm=block.mlp_norm.weight[...])
-    return product("added", hidden, weights["down"], residual=x)[:, None], pending
+    return product("added", hidden, weights["down"], residual=x)[:, None], after
 
 
 def _by_folded(
@@ -345,20 +368,24 @@ def _by_folded(
     pending: Pending,
     numbers: Array,
     form: Form,
-) -> tuple[Float[Array, "b 1 e"], Pending]:
+    joins: int,
+) -> tuple[Float[Array, "b 1 e"], Pending | stack.Joined]:
     """A block on one token without norms between its products: what follows a product norms its results."""
     interpret, eps = form.interpret, block.mlp_norm.eps
 
     def product(x: Array, weight: Array, dtype: Any) -> Array:
         return jnp.einsum("bi,io->bo", x, weight, preferred_element_type=dtype)
 
+    # cuBLAS writes half the bytes in .4 us less; a product that the compiler generates takes longer for it.
+    stored = x.dtype if form.cublas else jnp.float32
+
     x = x[:, 0]
     y = product(x, weights["maps"], jnp.float32)
-    z, pending = stack.heads(block.mixer, y, held, pending, numbers, interpret, x)
+    z, after = stack.heads(block.mixer, y, held, pending, numbers, interpret, x, joins)
     x = x + product(z, block.mixer.out.weight[...], x.dtype)
-    y = product(x, weights["up"], jnp.float32)
+    y = product(x, weights["up"], stored)
     hidden = decode_gate.gated(y, x, eps=eps, interpret=interpret)
-    return (x + product(hidden, block.mlp.down.weight[...], x.dtype))[:, None], pending
+    return (x + product(hidden, block.mlp.down.weight[...], x.dtype))[:, None], after
 
 
 def _mix(
@@ -371,13 +398,14 @@ def _mix(
     position: Array,
     numbers: Array,
     form: Form,
-) -> tuple[Float[Array, "b 1 e"], Pending]:
+    joins: int,
+) -> tuple[Float[Array, "b 1 e"], Pending | stack.Joined]:
     """The memory mixer on one token."""
     config = mixer.config
     if form.heads:
         y = jnp.concatenate(list(mixer.joined(x).values()), axis=-1)[:, 0]
-        z, pending = stack.heads(mixer, y, held, pending, numbers, form.interpret)
-        return mixer.out(z[:, None]), pending
+        z, after = stack.heads(mixer, y, held, pending, numbers, form.interpret, joins=joins)
+        return mixer.out(z[:, None]), after
     maps = project(mixer, x, mixer.maps)
     b, h, d = x.shape[0], config.num_heads, config.head_dim
     gate = jax.nn.sigmoid(maps["write"][:, 0]) if config.write_gate else jnp.ones((b, h), jnp.float32)

@@ -6,14 +6,13 @@ import numpy as np
 import pytest
 
 from holo_jax.functional.memory.state import compensated_add
-from holo_jax.generate import stack, stepping
+from holo_jax.generate import stepping
 from holo_jax.kernels import capability
 from holo_jax.kernels.decode import gate as decode_gate
+from holo_jax.kernels.decode import heads as decode_heads
 from holo_jax.kernels.decode import join as decode_join
 from holo_jax.kernels.decode import plan as decode_plan
 from holo_jax.kernels.decode import products as decode_products
-from holo_jax.kernels.decode import rows as decode_rows
-from holo_jax.kernels.decode import rows_plan as decode_rows_plan
 from holo_jax.kernels.decode import shape as decode_shape
 from holo_jax.precision import FULL, MIXED
 from tests.holo_jax.models import variant_config
@@ -85,6 +84,68 @@ def test_a_group_joins_as_the_compensated_sum_adds() -> None:
     assert np.abs(found[1]).max() <= np.spacing(np.abs(found[0]).max())
 
 
+def test_the_last_token_of_a_group_joins_the_group() -> None:
+    """As two kernels do one after the other; on a GPU too. A row that does not read writes nothing."""
+    interpret = jax.default_backend() != "gpu"
+    rows, heads, m, d, taps, size, joins = 3, 2, 32, 64, 2, 4, 3
+    shape = decode_shape.Shape(
+        rows=rows,
+        layers=1,
+        width=64,
+        heads=heads,
+        m=m,
+        d=d,
+        hidden=64,
+        taps=taps,
+        size=size,
+        write=True,
+        erase=True,
+        gate=True,
+        head_norm=True,
+        scale="sqrt_writes",
+        phase_scale=0.8,
+        eps=1e-6,
+        programs=1,
+        interpret=interpret,
+    )
+    narrow = lambda *shape, scale=1.0: jnp.asarray(draw(*shape, scale=scale), jnp.float32)  # noqa: E731
+    state = (1, rows, heads)
+    arrays = {
+        "memory": narrow(*state, 2 * m, d, scale=0.3),
+        "writes": jnp.square(narrow(*state)),
+        "phases": narrow(1, rows, size + taps - 1, heads * m),
+        "keys": narrow(*state, size, 2 * m, scale=0.1),
+        "written": narrow(*state, size, d),
+        "squares": jnp.square(narrow(*state, size)),
+        "read_taps": narrow(1, taps, heads * m),
+        "write_taps": narrow(1, taps, heads * m),
+        "head_norm": narrow(1, heads, d),
+        "write_bias": narrow(1, heads),
+        "erase_bias": narrow(1, heads),
+        "y": narrow(rows, shape.offsets["all"]),
+        "numbers": jnp.array([[joins - 1] * rows, [1, 0, 1], [9] * rows, [0] * rows], jnp.int32),
+    }
+    residue = narrow(*state, 2 * m, d, scale=1e-8)
+    apart = decode_heads.run_heads(shape, arrays, jnp.float32)
+    wanted = decode_join.join(
+        arrays["memory"][0],
+        residue[0],
+        apart["keys"][0],
+        apart["written"][0],
+        size=joins,
+        interpret=interpret,
+    )
+    found = decode_heads.run_heads(shape, arrays | {"residue": residue}, jnp.float32, joins=joins)
+    for name, array in apart.items():
+        np.testing.assert_allclose(found[name], array, rtol=1e-5, atol=1e-6, err_msg=name)
+    pair = (found["memory"][0], found["residue"][0]), wanted
+    np.testing.assert_allclose(
+        *(np.asarray(a, np.float64) + np.asarray(b, np.float64) for a, b in pair), rtol=1e-6, atol=1e-6
+    )
+    assert (found["written"][0, 1, :, joins - 1] == 0).all()
+    assert np.abs(found["residue"]).max() <= np.spacing(np.abs(found["memory"]).max())
+
+
 def test_what_products_refuse() -> None:
     """Reasons name the field, the value and the constraint."""
     assert decode_products.unsupported(4, (1024, 2816)) is None
@@ -101,14 +162,14 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     assert stepping.choose(wide, 1) == stepping.PORTABLE
     monkeypatch.setattr(decode_shape, "compute_capability", lambda: (9, 0))
     monkeypatch.setattr(capability, "multiprocessors", lambda: 132)
-    products, heads = stepping.Form(heads=True, products=True), stepping.Form(heads=True)
-    folded = heads._replace(folded=True)
+    heads = stepping.Form(heads=True, drawn=True)
+    products, folded = heads._replace(products=True), heads._replace(folded=True)
     assert stepping.choose(wide, 1) == products
     assert stepping.choose(narrow, 2) == stepping.choose(narrow, 16) == folded
     assert stepping.choose(wide, 4) == stepping.choose(wide, 16) == heads
     assert stepping.choose(narrow, 17) == folded
     assert stepping.choose(narrow.replace(norm="layernorm"), 2) == heads
-    assert stepping.choose(narrow, 256) == folded._replace(cublas=True)
+    assert stepping.choose(narrow, 256) == folded._replace(joined=True, cublas=True)
     assert stepping.choose(wide, 256) == heads._replace(cublas=True)
     assert stepping.choose(narrow.replace(precision=FULL), 2) == heads
     assert stepping.choose(narrow.replace(hidden_size=1000), 1) == stepping.PORTABLE
@@ -120,10 +181,7 @@ def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.Monkey
     assert all(stepping.choose(narrow, rows) == whole for rows in (1, 2, 16))
     assert stepping.choose(wide, 1) == products
     few_copies = narrow.replace(mlp_ratio=1.0)
-    shape = stack.shape_of(few_copies, 1, 16, 132)
-    assert decode_rows_plan.unsupported(shape, jnp.bfloat16) is None
-    assert decode_rows_plan.after_states(shape) < decode_rows.FLIGHT
-    assert stepping.choose(few_copies, 1) == products and stepping.choose(few_copies, 16) == folded
+    assert all(stepping.choose(few_copies, rows) == whole for rows in (1, 16))
     many_heads = narrow.replace(hidden_size=512, hd_dim=3584)
     assert stepping.choose(many_heads, 1) == products
     assert stepping.choose(narrow, 17) == folded and stepping.choose(wide, 2) == heads

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from holo_jax.functional.noise import philox
 from holo_jax.generate.counts import Counts, unpacked
 from holo_jax.generate.drawing import drawing_of, first_input, next_token
 from holo_jax.generate.forms import decoding_form
-from holo_jax.generate.sampling import Sampling, draw, row_keys
+from holo_jax.generate.sampling import Sampling, draw, noise, row_keys
 from holo_jax.generate.stepping import Form, embed, logits_of, pack
 from holo_jax.kernels.decode import choose as decode_choose
 from holo_jax.kernels.decode import scores as decode_scores
@@ -54,7 +55,7 @@ def test_the_next_token_is_the_portable_forms(
     temperature: float, changes: dict, stacked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Token, numbers and embedding, of logits by a kernel or the compiler's, in several programs."""
-    monkeypatch.setattr(decode_scores, "_LOGITS", 16)
+    monkeypatch.setattr(decode_scores, "_BLOCKS", 4)
     changes = dict(changes)
     tied = {name: changes.pop(name) for name in list(changes) if name == "tie_embeddings"}
     config = small(num_hidden_layers=1, vocab_size=VOCABULARY, hidden_size=64, **tied)
@@ -71,7 +72,7 @@ def test_the_next_token_is_the_portable_forms(
     positions = now.position[None] + jnp.arange(SIZE, dtype=jnp.uint32)[:, None]
     keys = row_keys(jnp.arange(ROWS, dtype=jnp.uint32), positions)
 
-    drawing = drawing_of(numbers, keys, VOCABULARY, allowed, plan)
+    drawing = drawing_of(numbers, keys, allowed, plan)
     logits, after, x = next_token(model, hidden, drawing, now.packed(), STOPS, form, packed)
 
     wanted = logits_of(model, hidden, form, packed)
@@ -107,12 +108,34 @@ def test_a_token_is_drawn_where_no_logit_is_a_number() -> None:
     assert 0 <= unpacked(after).token[0] < 20 and not unpacked(after).finite[0]
 
 
-def test_a_drawing_is_of_the_same_noise_in_every_row() -> None:
+@pytest.mark.parametrize(
+    ("key", "counter", "words"),
+    [
+        ([0] * 2, [0] * 4, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 2, [0xFFFFFFFF] * 4, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0xA4093822, 0x299F31D0],
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_gives_the_known_words(key: list[int], counter: list[int], words: list[int]) -> None:
+    """The known answers of its authors' library, Random123."""
+    given = [tuple(jnp.array([x], jnp.uint32) for x in numbers) for numbers in (key, counter)]
+    np.testing.assert_array_equal(jnp.concatenate(philox(*given)), np.array(words, np.uint32))
+
+
+def test_noise_is_gumbels() -> None:
+    """Mean and variance of many, all of them finite, and of an odd number of ids."""
+    found = np.asarray(noise(row_keys(jnp.uint32(3), jnp.uint32(5)), 400_001), np.float64)
+    assert found.shape == (400_001,) and np.isfinite(found).all()
+    assert abs(found.mean() - np.euler_gamma) < 0.01 and abs(found.var() - np.pi**2 / 6) < 0.03
+    assert len(np.unique(found)) > 380_000
+
+
+def test_noise_of_a_row_does_not_depend_on_the_others() -> None:
     """A row of a batch has what it has alone."""
-    sampling = Sampling(temperature=1.5)
     keys = row_keys(jnp.arange(ROWS, dtype=jnp.uint32), jnp.arange(8, 8 + ROWS, dtype=jnp.uint32)[None])
-    given = (VOCABULARY, jnp.int32(VOCABULARY), sampling.plan)
-    together = drawing_of(sampling.numbers, keys, *given)
-    alone = drawing_of(sampling.numbers, keys[:, 1:2], *given)
-    assert together.noise is not None and alone.noise is not None
-    np.testing.assert_array_equal(together.noise[:, 1:2], alone.noise)
+    np.testing.assert_array_equal(noise(keys, VOCABULARY)[:, 1:2], noise(keys[:, 1:2], VOCABULARY))

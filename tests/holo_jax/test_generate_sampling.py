@@ -121,6 +121,11 @@ def test_forbidden_tokens_are_never_drawn() -> None:
     [
         (dict(temperature=-0.1), ValueError, "temperature is -0.1; it must be zero or positive"),
         (dict(temperature=float("inf")), ValueError, "temperature is inf"),
+        (
+            dict(temperature=1e-40),
+            ValueError,
+            "temperature is 1e-40; it must be zero or positive, finite and at",
+        ),
         (dict(temperature=float("nan")), ValueError, "temperature is nan"),
         (dict(top_k=-1), ValueError, "top_k is -1"),
         (dict(top_k=1.5), TypeError, "top_k is 1.5; it must be an integer"),

@@ -135,8 +135,10 @@ def small(**changes: object) -> HoloConfig:
             False,
         ),
         (Form(heads=True, folded=True, interpret=True), {}, False),
+        (Form(heads=True, folded=True, joined=True, drawn=True, interpret=True), {}, True),
+        (Form(heads=True, joined=True, interpret=True), dict(erase=False, num_hidden_layers=1), False),
     ],
-    ids=["heads-of-a-sum", "many-heads", "products", "drawn", "folded"],
+    ids=["heads-of-a-sum", "many-heads", "products", "drawn", "folded", "joined", "joined-sum"],
 )
 def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict, many: bool, monkeypatch) -> None:
     """Tokens, logits and state of a block of two groups in which one row ends, in Pallas' interpreter."""
@@ -242,9 +244,14 @@ def test_the_kernels_lower_for_a_gpu() -> None:
         y = jnp.zeros((2, shape.offsets["all"]))
         given = [jnp.zeros((rows, 64), jnp.bfloat16) for rows in (2, 4)]
         products = [decode_products.product("maps", x, weights["maps"], norm=jnp.ones(64)) for x in given]
-        heads = [stack.heads(mixer, y, held, pending, numbers, False, stream) for stream in (None, given[0])]
+        heads = [
+            stack.heads(mixer, y, held, pending, numbers, False, *more)
+            for more in ((None,), (given[0],), (given[0], SIZE))
+        ]
         gated = decode_gate.gated(jnp.zeros((2, 72)), given[0], eps=1e-6)
-        drawing = decode_scores.Drawing(jnp.zeros((SIZE, 2, 40)), jnp.ones((1,)), jnp.full((1,), 40))
+        drawing = decode_scores.Drawing(
+            jnp.zeros((SIZE, 2, 2), jnp.uint32), jnp.ones((1,)), jnp.full((1,), 40)
+        )
         table, numbers = jnp.zeros((40, 64), jnp.bfloat16), jnp.zeros((8 + SIZE, 2), jnp.int32)
         drawn = decode_scores.of_logits(jnp.zeros((2, 40)), drawing, numbers)
         stops = jnp.zeros((4,), jnp.int32)
@@ -258,7 +265,7 @@ def test_the_kernels_lower_for_a_gpu() -> None:
     with jax.sharding.use_abstract_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of this backend of Pallas
         lowered = jax.jit(all_of_them).trace(*shapes).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("xla.gpu.triton") == 8
+    assert lowered.as_text().count("xla.gpu.triton") == 9
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")

@@ -13,7 +13,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array, Float
 
-_BLOCK = 256
+# Columns that a program has at a time, and how often: their loads all stand before the first use.
+_BLOCK, _TURNS = 512, 2
 _WARPS = 4
 
 
@@ -31,7 +32,7 @@ def gated(
     """The hidden layer of the denoiser.
 
     Args:
-      y: maps of ``x`` times the norm's weight, in float32: ``up`` and then ``gate``.
+      y: maps of ``x`` times the norm's weight: ``up`` and then ``gate``.
       x: what is normed, in the storage dtype.
       eps: of the norm.
       interpret: run in Pallas' interpreter, anywhere.
@@ -42,20 +43,23 @@ def gated(
     (rows, width), hidden, storage = x.shape, y.shape[1] // 2, x.dtype
 
     def kernel(ins: tuple[Any, Any], out: Any) -> None:
-        row, first = pl.program_id(1), pl.program_id(0) * _BLOCK
-        columns = first + jax.lax.iota(jnp.int32, _BLOCK)
-        inside = columns < hidden
-        up, gate = (
-            plgpu.load(ins[0].at[row, half * hidden + columns], mask=inside, other=0.0) for half in range(2)
-        )
+        row, first = pl.program_id(1), pl.program_id(0) * _BLOCK * _TURNS
+        places = [first + turn * _BLOCK + jax.lax.iota(jnp.int32, _BLOCK) for turn in range(_TURNS)]
+        maps = [
+            [plgpu.load(ins[0].at[row, half * hidden + at], mask=at < hidden, other=0.0) for half in range(2)]
+            for at in places
+        ]
         inverse = inverse_rms(ins[1], row, width, eps)
-        gate, up = ((part * inverse).astype(storage).astype(jnp.float32) for part in (gate, up))
-        plgpu.store(out.at[row, columns], (gate * jax.nn.sigmoid(gate) * up).astype(storage), mask=inside)
+        for at, own in zip(places, maps, strict=True):
+            up, gate = ((part * inverse).astype(storage).astype(jnp.float32) for part in own)
+            # A sigmoid as a root squared: a quotient is many instructions.
+            root = jax.lax.rsqrt(1.0 + jnp.exp(-gate))
+            plgpu.store(out.at[row, at], (gate * (root * root) * up).astype(storage), mask=at < hidden)
 
     return pl.pallas_call(
         kernel,
         out_shape=jax.ShapeDtypeStruct((rows, hidden), storage),
-        grid=(pl.cdiv(hidden, _BLOCK), rows),
+        grid=(pl.cdiv(hidden, _BLOCK * _TURNS), rows),
         compiler_params=None if interpret else plgpu.CompilerParams(num_warps=_WARPS, num_stages=1),
         interpret=interpret,
         name="decode_gate",

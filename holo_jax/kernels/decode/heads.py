@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
+from holo_jax.functional.memory.state import compensated_add
 from holo_jax.kernels.decode.gate import inverse_rms
 from holo_jax.kernels.decode.shape import Shape
 from holo_jax.kernels.phasor_features import sin_cos_reduced
@@ -26,20 +27,25 @@ _WARPS = 4
 _MANY = 512
 _PLANE = 2048
 _EPS = 1e-6
-# Arrays that the kernel changes in place.
+# Arrays that the kernel changes in place, the last two where the group joins.
 _PENDING = ("phases", "keys", "written", "squares")
+_JOINED = ("memory", "residue")
 
 
-def _many(shape: Shape) -> bool:
-    return shape.rows * shape.heads >= _MANY
+def _many(shape: Shape, joins: int) -> bool:
+    return shape.rows * shape.heads >= _MANY and not joins
 
 
-def _warps(shape: Shape) -> int:
-    return min(_WARPS, max(1, shape.m * shape.d // _PLANE)) if _many(shape) else _WARPS
+def _warps(shape: Shape, joins: int) -> int:
+    return min(_WARPS, max(1, shape.m * shape.d // _PLANE)) if _many(shape, joins) else _WARPS
 
 
-def decode_heads(shape: Shape, refs: Refs) -> None:
-    """One head of one row: read, hold the write back, normalise, gate."""
+def decode_heads(shape: Shape, refs: Refs, joins: int = 0) -> None:
+    """One head of one row: read, hold the write back, normalise, gate.
+
+    With ``joins``, the tokens of a group whose last one this is, the memory that was read is written back
+    with the group's writes, as ``join`` does: it is not read again for that.
+    """
     # Indices are arrays throughout: the interpreter takes no plain numbers beside them.
     head, row = pl.program_id(0), pl.program_id(1)
     layer = zero = head * 0
@@ -68,7 +74,8 @@ def decode_heads(shape: Shape, refs: Refs) -> None:
         return plgpu.load(view, mask=(at >= 0) & (after == after), other=0.0)
 
     # Loads stand before the first use of one: a program waits once. The memory is most of the bytes.
-    memory, held = [] if _many(shape) else [plane_of(n) for n in (0, 1)], []
+    many = _many(shape, joins)
+    memory, held = [] if many else [plane_of(n) for n in (0, 1)], []
     vectors = {"phases": map_of("phases", columns)}
     for name in ("values", "gate") if shape.gate else ("values",):
         vectors[name] = map_of(name, head * d + channels)
@@ -118,7 +125,7 @@ def decode_heads(shape: Shape, refs: Refs) -> None:
         scores = [part[None, :] * plane for part, plane in zip(key, held, strict=True)]
         score = jnp.sum(scores[0] + scores[1], axis=1)
         before.append(jnp.sum(score[:, None] * bound, axis=0))
-    for planes in [(0,), (1,)] if _many(shape) else [(0, 1)]:
+    for planes in [(0,), (1,)] if many else [(0, 1)]:
         own = memory or [plane_of(n, jnp.sum(before[0] + before[1], axis=0)) for n in planes]
         for place, key in enumerate(keys):
             terms = [key[n][:, None] * plane for n, plane in zip(planes, own, strict=True)]
@@ -134,6 +141,16 @@ def decode_heads(shape: Shape, refs: Refs) -> None:
     plgpu.store(refs["written"].at[layer, row, head, index, channels], written)
     for plane in (0, 1):
         plgpu.store(refs["keys"].at[layer, row, head, index, plane * m + phasors], keys[0][plane])
+    for plane in (0, 1) if joins else ():
+        added = keys[0][plane][:, None] * written[None, :]
+        for slot in range(joins - 1):
+            bound_to = plgpu.load(refs["keys"].at[layer, row, head, slot + zero, plane * m + phasors])
+            what = plgpu.load(refs["written"].at[layer, row, head, slot + zero, channels])
+            added += bound_to[:, None] * what[None, :]
+        where = (layer, row, head, *block(plane * m + phasors, d))
+        after = compensated_add(memory[plane], plgpu.load(refs["residue"].at[where]), added)
+        for name, array in zip(_JOINED, after, strict=True):
+            plgpu.store(refs[name].at[where], array)
     plgpu.store(refs["squares"].at[layer, row, head, index], opened * opened)
     if shape.scale == "sqrt_time":
         read *= jax.lax.rsqrt(position.astype(jnp.uint32).astype(jnp.float32) + 1.0)
@@ -149,7 +166,7 @@ def decode_heads(shape: Shape, refs: Refs) -> None:
     plgpu.store(refs["z"].at[row, head * d + channels], read.astype(storage))
 
 
-def run_heads(shape: Shape, arrays: dict[str, Array], storage: Any) -> dict[str, Array]:
+def run_heads(shape: Shape, arrays: dict[str, Array], storage: Any, *, joins: int = 0) -> dict[str, Array]:
     """The memory of one layer, for any number of rows: from the maps ``y`` of a token to ``z``.
 
     Args:
@@ -161,18 +178,21 @@ def run_heads(shape: Shape, arrays: dict[str, Array], storage: Any) -> dict[str,
         float32. ``stream``, if the maps are of the residual stream times the norm's weight: what is still to
         be normed.
       storage: dtype of the result.
+      joins: for the last token of a group, how many it has; ``residue`` is given too, as the memory is.
 
     Returns:
-      ``z`` ``[rows, values]``, what the output map is applied to, and what is pending.
+      ``z`` ``[rows, values]``, what the output map is applied to, and what is pending; memory and residue if
+      the group joins.
     """
-    given = {name: array for name, array in arrays.items() if name in _PENDING}
-    fixed = {name: array for name, array in arrays.items() if name not in _PENDING}
+    changed = (*_PENDING, *_JOINED) if joins else _PENDING
+    given = {name: array for name, array in arrays.items() if name in changed}
+    fixed = {name: array for name, array in arrays.items() if name not in changed}
     outputs = {name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in given.items()}
     outputs["z"] = jax.ShapeDtypeStruct((shape.rows, shape.values), storage)
 
     def kernel(inputs: tuple[Refs, Refs], outputs: Refs) -> None:
         # Arrays changed in place are the outputs; their inputs are the same memory.
-        decode_heads(shape, {**inputs[1], **outputs})
+        decode_heads(shape, {**inputs[1], **outputs}, joins)
 
     names = sorted(outputs)
     return pl.pallas_call(
@@ -182,7 +202,7 @@ def run_heads(shape: Shape, arrays: dict[str, Array], storage: Any) -> dict[str,
         input_output_aliases={n: names.index(name) for n, name in enumerate(sorted(given))},
         compiler_params=None
         if shape.interpret
-        else plgpu.CompilerParams(num_warps=_warps(shape), num_stages=1),
+        else plgpu.CompilerParams(num_warps=_warps(shape, joins), num_stages=1),
         interpret=shape.interpret,
-        name="decode_heads",
+        name="decode_heads_joined" if joins else "decode_heads",
     )((given, fixed))

@@ -165,11 +165,6 @@ def late(shape: Shape) -> int:
     return sum(2 * CHUNK * first < states_bytes(shape) for first, _ in copies(shape, "up"))
 
 
-def after_states(shape: Shape) -> int:
-    """Copies of a layer's weights that are asked for after states of heads."""
-    return len(copies(shape, "up")) - late(shape) + len(copies(shape, "down"))
-
-
 def finishing(shape: Shape, name: str) -> int:
     """Threads that finish a program's results, two columns each; eights of columns may be begun by others."""
     own = share(shape, name)

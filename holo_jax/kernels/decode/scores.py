@@ -1,9 +1,11 @@
 """What drawing the next token needs of its logits, by one kernel (Pallas, Triton).
 
-The token drawn has the highest score, a logit over the temperature plus noise. Each program finds the highest
+The token drawn has the highest score, a logit times the coldness plus noise. Each program finds the highest
 of its own ids, and ``choose`` the highest of the programs'.
 """
 
+import math
+from functools import reduce
 from typing import Any, NamedTuple
 
 import jax
@@ -11,25 +13,26 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from holo_jax.array_types import Array, Float, Int
+from holo_jax.array_types import Array, Float, Int, UInt32
+from holo_jax.functional import noise
 
 _NO_ID = 2**31 - 1
-# Logits that a program looks at.
-_LOGITS = 1024
+# Fours of logits that a program looks at; four have the words of one block of noise.
+_BLOCKS = 256
 
 
 class Drawing(NamedTuple):
     """How scores are made of logits.
 
     Attributes:
-      noise: a group's, ``[C, b, v]`` in float32: entry ``i`` for what follows its token ``i``; None takes the
-        highest logit.
-      temperature: logits are divided by it, ``[1]`` in float32; None with no noise.
+      keys: of the noise of a group, ``[C, b, 2]``: entry ``i`` for what follows its token ``i``; None takes
+        the highest logit.
+      coldness: logits are multiplied by it, one over the temperature, ``[1]`` in float32; None with no noise.
       allowed: number of ids that may be drawn, ``[1]`` in int32.
     """
 
-    noise: Float[Array, "c b v"] | None
-    temperature: Float[Array, "1"] | None
+    keys: UInt32[Array, "c b k"] | None
+    coldness: Float[Array, "1"] | None
     allowed: Int[Array, "1"]
 
 
@@ -57,18 +60,25 @@ def of_logits(
       interpret: run in Pallas' interpreter, anywhere.
     """
     rows, outputs = logits.shape
-    programs = pl.cdiv(outputs, _LOGITS)
+    every = noise.blocks(outputs)
+    programs = pl.cdiv(every, _BLOCKS)
     given = {"logits": logits, "numbers": numbers, **drawing._asdict()}
 
     def kernel(refs: dict[str, Any], *results: Any) -> None:
-        program, row = pl.program_id(0), pl.program_id(1)
-        columns = program * _LOGITS + jax.lax.iota(jnp.int32, _LOGITS)
-        inside = jnp.minimum(columns, outputs - 1)
-        found = plgpu.load(refs["logits"].at[jnp.full_like(columns, row), inside])
-        allowed = jnp.minimum(plgpu.load(refs["allowed"].at[program * 0]), outputs)
-        best, at = _best(refs, found, _noise(refs, row, inside), columns, allowed, interpret)
-        plgpu.store(results[0].at[row, program], best)
-        plgpu.store(results[1].at[row, program], at)
+        zero = pl.program_id(0) * 0
+        block = pl.program_id(0) * _BLOCKS + jax.lax.iota(jnp.int32, _BLOCKS)
+        columns = [jnp.where(block < every, block + word * every, outputs) for word in range(noise.WORDS)]
+        row = jnp.full_like(block, pl.program_id(1))
+        logits = [plgpu.load(refs["logits"].at[row, jnp.minimum(own, outputs - 1)]) for own in columns]
+        allowed = jnp.minimum(plgpu.load(refs["allowed"].at[zero]), outputs)
+        scores: list[Any] = logits
+        if "keys" in refs:
+            coldness = plgpu.load(refs["coldness"].at[zero])
+            drawn = _noise(refs, pl.program_id(1) + zero, block, interpret)
+            scores = [coldness * own + added for own, added in zip(logits, drawn, strict=True)]
+        best, at = _best(logits, scores, columns, allowed)
+        plgpu.store(results[0].at[pl.program_id(1), pl.program_id(0)], best)
+        plgpu.store(results[1].at[pl.program_id(1), pl.program_id(0)], at)
 
     return Scores(
         *pl.pallas_call(
@@ -85,40 +95,64 @@ def of_logits(
     )
 
 
-def _best(
-    refs: dict[str, Any], logits: Any, noise: Array | None, columns: Array, allowed: Any, interpret: bool
-) -> tuple[Array, Array]:
+def _best(logits: list[Any], scores: list[Any], columns: list[Array], allowed: Any) -> tuple[Array, Array]:
     """The highest score of some ids, not a number if a logit is not finite, and the lowest id that has it."""
-    found: Any = logits
-    if noise is not None:
-        temperature = jnp.full_like(found, plgpu.load(refs["temperature"].at[pl.program_id(0) * 0]))
-        found = _quotient(found, temperature, interpret) + noise
-    found = jnp.where(columns < allowed, found, -jnp.inf)
-    best = jnp.max(found, axis=0)
-    at = jnp.min(jnp.where(found == best, columns, _NO_ID), axis=0)
-    finite = jnp.min(jnp.where(jnp.abs(logits) < jnp.inf, 1, 0), axis=0)
-    return jnp.where(finite != 0, best, jnp.nan), at
+    own = [jnp.where(at < allowed, score, -jnp.inf) for at, score in zip(columns, scores, strict=True)]
+    best = jnp.max(reduce(jnp.maximum, own), axis=0)
+    places = [jnp.where(x == best, at, _NO_ID) for at, x in zip(columns, own, strict=True)]
+    finite = [jnp.where(jnp.abs(x) < jnp.inf, 1, 0) for x in logits]
+    found = jnp.min(reduce(jnp.minimum, finite), axis=0)
+    return jnp.where(found != 0, best, jnp.nan), jnp.min(reduce(jnp.minimum, places), axis=0)
 
 
-def _noise(refs: dict[str, Any], row: Any, columns: Array) -> Array | None:
-    """Of a row's columns, for what follows the token."""
-    if "noise" not in refs:
-        return None
-    index = jnp.full_like(
-        columns, plgpu.load(refs["numbers"].at[pl.program_id(0) * 0, row + pl.program_id(0) * 0])
-    )
-    return plgpu.load(refs["noise"].at[index, jnp.full_like(columns, row), columns])
+def _noise(refs: dict[str, Any], row: Any, block: Array, interpret: bool) -> list[Array]:
+    """Of all words of a row's blocks, for what follows the token."""
+    index = plgpu.load(refs["numbers"].at[row * 0, row])
+    first, second = (plgpu.load(refs["keys"].at[index, row, row * 0 + n]) for n in range(2))
+    zero = jnp.zeros_like(first)
+    # What is one number for all ids stays one: keys, and words of the first rounds.
+    counter = (block.astype(jnp.uint32), zero, zero, zero)
+    words = noise.philox((first, second), counter, noise.wide if interpret else _wide)
+    return [_gumbel(noise.uniform(word), interpret) for word in words]
 
 
-def _quotient(x: Array, y: Array, interpret: bool) -> Array:
-    """As the compiler divides: Triton's own quotient may be off by a bit or two."""
+def _wide(factor: int, x: Array) -> tuple[Array, Array]:
+    """As ``noise.wide``; the assembler makes one instruction of both words of an array."""
+    if not x.ndim:
+        return noise.wide(factor, x)
+
+    def word(text: str) -> Array:
+        [found] = plgpu.elementwise_inline_asm(
+            f"{{ .reg .b32 o; .reg .b64 w; mul.wide.u32 w, $1, $2; mov.b64 {text}, w; }}",
+            args=[x, jnp.full_like(x, factor)],
+            constraints="=r,r,r",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.int32)],
+        )
+        return found.astype(jnp.uint32)
+
+    return word("{o, $0}"), word("{$0, o}")
+
+
+def _gumbel(u: Array, interpret: bool) -> Array:
+    """``-log(-log u)`` to 5e-6: the functions of the library are half of what drawing costs.
+
+    Logarithms are the device's, which near 1 are off by 2e-7, whatever they are; there the first is a series.
+    """
+    x = 1.0 - u
+    series = x * (1.0 + x * (1 / 2 + x * (1 / 3 + x * (1 / 4))))
+    inner = jnp.where(x < 2.0**-5, series, -_log(u, interpret))
+    return -_log(inner, interpret)
+
+
+def _log(x: Array, interpret: bool) -> Array:
     if interpret:
-        return x / y
+        return jnp.log(x)
     [found] = plgpu.elementwise_inline_asm(
-        "div.rn.f32 $0, $1, $2;",
-        args=[x, y],
-        constraints="=f,f,f",
+        "lg2.approx.f32 $0, $1;",
+        args=[x],
+        constraints="=f,f",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )
-    return found
+    return found * math.log(2.0)
