@@ -155,7 +155,9 @@ def test_what_products_refuse() -> None:
 
 
 def test_the_form_is_chosen_by_rows_width_and_support(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a device with the kernels; on this one every choice is portable."""
+    """On a device with the kernels; on one without every choice is portable."""
+    for module in (decode_shape, decode_plan):
+        monkeypatch.setattr(module, "compute_capability", lambda: None)
     sizes = dict(hidden_size=1024, hd_dim=1024, head_dim=64, phasors=32)
     narrow = variant_config("holo", precision=MIXED, **sizes)
     wide = narrow.replace(hidden_size=2048, hd_dim=2048)

@@ -135,7 +135,7 @@ def _wide(factor: int, x: Array) -> tuple[Array, Array]:
 
 
 def _gumbel(u: Array, interpret: bool) -> Array:
-    """``-log(-log u)`` to 5e-6: the functions of the library are half of what drawing costs.
+    """``-log(-log u)`` to 6e-6: the functions of the library are half of what drawing costs.
 
     Logarithms are the device's, which near 1 are off by 2e-7, whatever they are; there the first is a series.
     """
