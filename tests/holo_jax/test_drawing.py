@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from holo_jax.functional.noise import philox
+from holo_jax.functional.noise import gumbel, philox, uniform
 from holo_jax.generate.counts import Counts, unpacked
 from holo_jax.generate.drawing import drawing_of, first_input, next_token
 from holo_jax.generate.forms import decoding_form
@@ -133,6 +133,16 @@ def test_noise_is_gumbels() -> None:
     assert found.shape == (400_001,) and np.isfinite(found).all()
     assert abs(found.mean() - np.euler_gamma) < 0.01 and abs(found.var() - np.pi**2 / 6) < 0.03
     assert len(np.unique(found)) > 380_000
+
+
+def test_a_kernels_logarithms_are_close_enough() -> None:
+    """Of the least and the greatest uniform numbers, where the series begins, and between."""
+    bits = np.concatenate([np.arange(64), 2**23 - 1 - np.arange(64), 2**23 - 2**18 + np.arange(-64, 64)])
+    bits = np.concatenate([bits, np.linspace(0, 2**23 - 1, 4001).astype(np.int64)])
+    u = uniform(jnp.asarray(bits << 9, jnp.uint32))
+    found = decode_scores._gumbel(u, interpret=True)
+    np.testing.assert_allclose(found, -np.log(-np.log(np.asarray(u, np.float64))), rtol=0, atol=6e-6)
+    np.testing.assert_allclose(found, gumbel(jnp.asarray(bits << 9, jnp.uint32)), rtol=0, atol=6e-6)
 
 
 def test_noise_of_a_row_does_not_depend_on_the_others() -> None:
