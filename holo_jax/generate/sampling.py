@@ -24,7 +24,7 @@ class Sampling:
     """How a token is drawn; the defaults sample from the model's own distribution.
 
     Attributes:
-      temperature: logits are divided by it; 0 takes the likeliest token.
+      temperature: logits are divided by it; 0 takes the likeliest token, else at least 1e-30.
       top_k: only the k likeliest tokens; 0 for all.
       top_p: only the smallest set of likeliest tokens whose probabilities sum to at least p; 1 for all
         (Holtzman et al., "The curious case of neural text degeneration", arXiv:1904.09751).
