@@ -321,7 +321,9 @@ def _decode_block(
         x = first_input(model, counts) if by_kernels else None
         looped = (counts.packed(), x, now.logits, hidden, moving, now.seen)
         # Two tokens a turn leave what the second makes where the first found its own: nothing is copied.
-        looped, _ = jax.lax.scan(one, looped, length=size - form.joined, unroll=2 if form.stacked else 1)
+        # Counting a turn is some 3 us.
+        unroll = 2 if form.stacked else 3 if form.joined else 1
+        looped, _ = jax.lax.scan(one, looped, length=size - form.joined, unroll=unroll)
         if form.joined:
             looped, _ = one(looped, None, size)
         numbers, _, logits, hidden, layers, seen = looped

@@ -1,4 +1,4 @@
-"""Sine, cosine, reciprocal and power of two inside kernels, by the hardware's instructions or without.
+"""Sine, cosine, reciprocal, power of two and fused product in kernels, by the hardware or without its help.
 
 ``approximate`` is for kernels that Triton compiles; the interpreter has no such instructions.
 """
@@ -63,6 +63,21 @@ def reciprocal(x: Array, approximate: bool) -> Array:
 def exp2(x: Array, approximate: bool) -> Array:
     """``2^x`` of float32; the hardware's is off by two in the last place, and 0 below 2^-126."""
     return _instruction("ex2.approx.ftz.f32 $0, $1;", x) if approximate else jnp.exp2(x)
+
+
+def fma(x: Array, y: Array, z: Array, approximate: bool) -> Array:
+    """``x * y + z`` of float32, rounded once, where the compiler would make two instructions of it."""
+    if not approximate:
+        return x * y + z
+    size = jnp.broadcast_shapes(x.shape, y.shape, z.shape)
+    [found] = plgpu.elementwise_inline_asm(
+        "fma.rn.f32 $0, $1, $2, $3;",
+        args=[jnp.broadcast_to(a, size) for a in (x, y, z)],
+        constraints="=f,f,f,f",
+        pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(size, jnp.float32)],
+    )
+    return found
 
 
 def _instruction(text: str, x: Array) -> Array:

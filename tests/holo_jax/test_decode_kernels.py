@@ -84,8 +84,10 @@ def test_a_group_joins_as_the_compensated_sum_adds() -> None:
     assert np.abs(found[1]).max() <= np.spacing(np.abs(found[0]).max())
 
 
-def test_the_last_token_of_a_group_joins_the_group() -> None:
+@pytest.mark.parametrize("part", [4, 32])
+def test_the_last_token_of_a_group_joins_the_group(part: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As two kernels do one after the other; on a GPU too. A row that does not read writes nothing."""
+    monkeypatch.setattr(decode_heads, "_ROWS_JOINED", part)
     interpret = jax.default_backend() != "gpu"
     rows, heads, m, d, taps, size, joins = 3, 2, 32, 64, 2, 4, 3
     shape = decode_shape.Shape(

@@ -145,6 +145,9 @@ def test_the_kernels_decode_as_the_portable_form(form: Form, changes: dict, many
     monkeypatch.setattr(decoding, "GROUP", SIZE)
     if many:
         monkeypatch.setattr(decode_heads, "_MANY", 1)
+        # So that the memory has several parts.
+        for name in ("_ROWS_MANY", "_ROWS_JOINED"):
+            monkeypatch.setattr(decode_heads, name, 2)
     config = small(**changes)
     model = decoding_form(build(config))
     graphdef, params = nnx.split(model, nnx.Param)

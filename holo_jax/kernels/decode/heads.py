@@ -3,11 +3,9 @@
 It does what ``generate.pending`` defines: writes of a group are held back, and the memory is only read. A
 program is one head of one row. Few programs ask for everything at once and wait once. Where more are to run
 than fit the multiprocessors, registers decide how many wait side by side, and instructions that all warps
-repeat decide how fast they end: then a program is one warp that has one plane of the memory at a time.
+repeat decide how fast they end: then a program is one warp that has a part of the memory at a time.
 """
 
-import operator
-from functools import reduce
 from typing import Any
 
 import jax
@@ -19,6 +17,7 @@ from holo_jax.array_types import Array
 from holo_jax.functional.memory.state import compensated_add
 from holo_jax.kernels.decode.gate import inverse_rms
 from holo_jax.kernels.decode.shape import Shape
+from holo_jax.kernels.instructions import fma
 from holo_jax.kernels.phasor_features import sin_cos_reduced
 
 Refs = dict[str, Any]
@@ -27,6 +26,9 @@ _WARPS = 4
 _MANY = 512
 _PLANE = 2048
 _EPS = 1e-6
+# Rows of a part of the memory where programs are many, and where the group joins; how often many wait for
+# parts. So 128 registers are enough.
+_ROWS_MANY, _ROWS_JOINED, _WAITS = 8, 16, 4
 # Arrays that the kernel changes in place, the last two where the group joins.
 _PENDING = ("phases", "keys", "written", "squares")
 _JOINED = ("memory", "residue")
@@ -38,6 +40,25 @@ def _many(shape: Shape, joins: int) -> bool:
 
 def _warps(shape: Shape, joins: int) -> int:
     return min(_WARPS, max(1, shape.m * shape.d // _PLANE)) if _many(shape, joins) else _WARPS
+
+
+def _part(shape: Shape, joins: int) -> tuple[int, bool]:
+    """Rows of a part of the memory, and whether what is pending comes in such parts too.
+
+    Then all are added up before the sum over rows.
+    """
+    part = _ROWS_MANY if _many(shape, joins) else _ROWS_JOINED if joins else shape.m
+    alike = shape.m % part == 0 and shape.size % part == 0
+    return part if alike else shape.m, alike
+
+
+def _part_of(vector: Array, n: int, size: int) -> Array:
+    """``vector[n * size : (n + 1) * size]``."""
+    if size == vector.shape[0]:
+        return vector
+    apart = vector.reshape(vector.shape[0] // size, size)
+    here = jax.lax.broadcasted_iota(jnp.int32, apart.shape, 0) == n
+    return jnp.sum(jnp.where(here, apart, 0.0), axis=0)
 
 
 def decode_heads(shape: Shape, refs: Refs, joins: int = 0) -> None:
@@ -64,18 +85,32 @@ def decode_heads(shape: Shape, refs: Refs, joins: int = 0) -> None:
     def map_of(name: str, column: Array) -> Array:
         return plgpu.load(refs["y"].at[row, shape.offsets[name] + column])
 
-    def plane_of(number: int, after: Array | None = None) -> Array:
-        """A plane of the memory, asked for once ``after`` is known."""
-        at, across = block(number * m + phasors, d)
+    many = _many(shape, joins)
+    part, alike = _part(shape, joins)
+    parts = [(plane, n) for plane in (0, 1) for n in range(m // part)]
+
+    def rows_of(plane: int, n: int) -> Array:
+        return plane * m + n * part + jax.lax.iota(jnp.int32, part)
+
+    def memory_of(plane: int, n: int, after: Array | None = None) -> Array:
+        """A part of the memory, asked for once ``after`` is known."""
+        at, across = block(rows_of(plane, n), d)
         view = refs["memory"].at[layer, row, head, at, across]
         if after is None:
             return plgpu.load(view)
         # True whatever it is: if it is not a number, nor is what it belongs to.
         return plgpu.load(view, mask=(at >= 0) & (after == after), other=0.0)
 
+    def added_to(sums: list[Any], vectors: list[Array], n: int, x: Array) -> list[Any]:
+        """Part ``n`` of vectors times the rows of ``x``, and the sums before, if there are any."""
+        keyed = [_part_of(vector, n, x.shape[0])[:, None] for vector in vectors]
+        if not sums:
+            return [key * x for key in keyed]
+        return [fma(key, x, total, not shape.interpret) for key, total in zip(keyed, sums, strict=True)]
+
     # Loads stand before the first use of one: a program waits once. The memory is most of the bytes.
-    many = _many(shape, joins)
-    memory, held = [] if many else [plane_of(n) for n in (0, 1)], []
+    memory: dict[Any, Array] = {} if many else {at: memory_of(*at) for at in parts}
+    held = []
     vectors = {"phases": map_of("phases", columns)}
     for name in ("values", "gate") if shape.gate else ("values",):
         vectors[name] = map_of(name, head * d + channels)
@@ -96,8 +131,11 @@ def decode_heads(shape: Shape, refs: Refs, joins: int = 0) -> None:
         at, across = block(slots, m)
         view = refs["keys"].at[layer, row, head, at, plane * m + across]
         held.append(plgpu.load(view, mask=at < index, other=0.0))
-    at, across = block(slots, d)
-    bound = plgpu.load(refs["written"].at[layer, row, head, at, across], mask=at < index, other=0.0)
+    bound = []
+    for first in range(0, shape.size, part if alike else shape.size):
+        at, across = block(first + jax.lax.iota(jnp.int32, part if alike else shape.size), d)
+        view = refs["written"].at[layer, row, head, at, across]
+        bound.append(plgpu.load(view, mask=at < index, other=0.0))
     if shape.scale == "sqrt_writes":
         view = refs["squares"].at[layer, row, head, slots]
         squares = plgpu.load(view, mask=slots < index, other=0.0)
@@ -120,16 +158,25 @@ def decode_heads(shape: Shape, refs: Refs, joins: int = 0) -> None:
         angle: Any = sum(weight * phase for weight, phase in zip(own, phases, strict=True))
         sine, cosine = sin_cos_reduced(angle, jnp.floor(angle * (0.5 / jnp.pi) + 0.5))
         keys.append((cosine * m**-0.5, sine * m**-0.5))
-    before = []
-    for key in keys:
-        scores = [part[None, :] * plane for part, plane in zip(key, held, strict=True)]
-        score = jnp.sum(scores[0] + scores[1], axis=1)
-        before.append(jnp.sum(score[:, None] * bound, axis=0))
-    for planes in [(0,), (1,)] if many else [(0, 1)]:
-        own = memory or [plane_of(n, jnp.sum(before[0] + before[1], axis=0)) for n in planes]
-        for place, key in enumerate(keys):
-            terms = [key[n][:, None] * plane for n, plane in zip(planes, own, strict=True)]
-            before[place] += jnp.sum(reduce(operator.add, terms), axis=0)
+    scores = [
+        jnp.sum(fma(key[1][None, :], held[1], key[0][None, :] * held[0], not shape.interpret), axis=1)
+        for key in keys
+    ]
+    sums: list[Any] = []
+    for n, x in enumerate(bound):
+        sums = added_to(sums, scores, n, x)
+    before: list[Any] = [0.0, 0.0]
+    if not alike:
+        before, sums = [jnp.sum(x, axis=0) for x in sums], []
+    after = jnp.sum(scores[0] + scores[1], axis=0)
+    once = max(1, len(parts) // _WAITS) if many else len(parts)
+    for first in range(0, len(parts), once):
+        if first:
+            after = jnp.sum(jnp.sum(sums[0] + sums[1], axis=0), axis=0)
+        places = parts[first : first + once]
+        for (plane, n), x in [(at, memory[at] if memory else memory_of(*at, after)) for at in places]:
+            sums = added_to(sums, [key[plane] for key in keys], n, x)
+    before = [x + jnp.sum(total, axis=0) for x, total in zip(before, sums, strict=True)]
 
     opened = active * gate("write") if shape.write else active
     written = opened * stored("values")
@@ -141,16 +188,18 @@ def decode_heads(shape: Shape, refs: Refs, joins: int = 0) -> None:
     plgpu.store(refs["written"].at[layer, row, head, index, channels], written)
     for plane in (0, 1):
         plgpu.store(refs["keys"].at[layer, row, head, index, plane * m + phasors], keys[0][plane])
-    for plane in (0, 1) if joins else ():
-        added = keys[0][plane][:, None] * written[None, :]
+    if joins:
+        added = [_part_of(keys[0][plane], n, part)[:, None] * written[None, :] for plane, n in parts]
         for slot in range(joins - 1):
-            bound_to = plgpu.load(refs["keys"].at[layer, row, head, slot + zero, plane * m + phasors])
-            what = plgpu.load(refs["written"].at[layer, row, head, slot + zero, channels])
-            added += bound_to[:, None] * what[None, :]
-        where = (layer, row, head, *block(plane * m + phasors, d))
-        after = compensated_add(memory[plane], plgpu.load(refs["residue"].at[where]), added)
-        for name, array in zip(_JOINED, after, strict=True):
-            plgpu.store(refs[name].at[where], array)
+            what = plgpu.load(refs["written"].at[layer, row, head, slot + zero, channels])[None, :]
+            for count, (plane, n) in enumerate(parts):
+                key = plgpu.load(refs["keys"].at[layer, row, head, slot + zero, rows_of(plane, n)])
+                added[count] = fma(key[:, None], what, added[count], not shape.interpret)
+        for place, addend in zip(parts, added, strict=True):
+            where = (layer, row, head, *block(rows_of(*place), d))
+            joined = compensated_add(memory[place], plgpu.load(refs["residue"].at[where]), addend)
+            for name, array in zip(_JOINED, joined, strict=True):
+                plgpu.store(refs[name].at[where], array)
     plgpu.store(refs["squares"].at[layer, row, head, index], opened * opened)
     if shape.scale == "sqrt_time":
         read *= jax.lax.rsqrt(position.astype(jnp.uint32).astype(jnp.float32) + 1.0)

@@ -1,7 +1,7 @@
 """What drawing the next token needs of its logits, by one kernel (Pallas, Triton).
 
-The token drawn has the highest score, a logit times the coldness plus noise. Each program finds the highest
-of its own ids, and ``choose`` the highest of the programs'.
+The token drawn has the highest score, a logit times the coldness plus noise, or that times what all have
+alike. Each program finds the highest of its own ids, and ``choose`` the highest of the programs'.
 """
 
 import math
@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.functional import noise
+from holo_jax.kernels.instructions import fma
 
 _NO_ID = 2**31 - 1
 # Fours of logits that a program looks at; four have the words of one block of noise.
@@ -75,8 +76,10 @@ def of_logits(
         if "keys" in refs:
             coldness = plgpu.load(refs["coldness"].at[zero])
             drawn = _noise(refs, pl.program_id(1) + zero, block, interpret)
-            scores = [coldness * own + added for own, added in zip(logits, drawn, strict=True)]
-        best, at = _best(logits, scores, columns, allowed)
+            # In units of log 2, in which logarithms are the device's: no factor but of the logits.
+            by = jnp.full((_BLOCKS,), coldness * math.log2(math.e))
+            scores = [fma(own, by, added, not interpret) for own, added in zip(logits, drawn, strict=True)]
+        best, at = _best(logits, scores, columns, allowed, interpret)
         plgpu.store(results[0].at[pl.program_id(1), pl.program_id(0)], best)
         plgpu.store(results[1].at[pl.program_id(1), pl.program_id(0)], at)
 
@@ -95,14 +98,17 @@ def of_logits(
     )
 
 
-def _best(logits: list[Any], scores: list[Any], columns: list[Array], allowed: Any) -> tuple[Array, Array]:
+def _best(
+    logits: list[Any], scores: list[Any], columns: list[Array], allowed: Any, interpret: bool
+) -> tuple[Array, Array]:
     """The highest score of some ids, not a number if a logit is not finite, and the lowest id that has it."""
     own = [jnp.where(at < allowed, score, -jnp.inf) for at, score in zip(columns, scores, strict=True)]
     best = jnp.max(reduce(jnp.maximum, own), axis=0)
     places = [jnp.where(x == best, at, _NO_ID) for at, x in zip(columns, own, strict=True)]
-    finite = [jnp.where(jnp.abs(x) < jnp.inf, 1, 0) for x in logits]
-    found = jnp.min(reduce(jnp.minimum, finite), axis=0)
-    return jnp.where(found != 0, best, jnp.nan), jnp.min(reduce(jnp.minimum, places), axis=0)
+    # Nothing times a number is nothing.
+    nothing: Any = jnp.zeros_like(logits[0])
+    finite = reduce(lambda total, x: fma(x, jnp.zeros_like(x), total, not interpret), logits, nothing)
+    return best + jnp.sum(finite, axis=0), jnp.min(reduce(jnp.minimum, places), axis=0)
 
 
 def _noise(refs: dict[str, Any], row: Any, block: Array, interpret: bool) -> list[Array]:
@@ -113,7 +119,7 @@ def _noise(refs: dict[str, Any], row: Any, block: Array, interpret: bool) -> lis
     # What is one number for all ids stays one: keys, and words of the first rounds.
     counter = (block.astype(jnp.uint32), zero, zero, zero)
     words = noise.philox((first, second), counter, noise.wide if interpret else _wide)
-    return [_gumbel(noise.uniform(word), interpret) for word in words]
+    return [-_log2(_exponential(noise.uniform(word), interpret), interpret) for word in words]
 
 
 def _wide(factor: int, x: Array) -> tuple[Array, Array]:
@@ -134,25 +140,27 @@ def _wide(factor: int, x: Array) -> tuple[Array, Array]:
     return word("{o, $0}"), word("{$0, o}")
 
 
-def _gumbel(u: Array, interpret: bool) -> Array:
-    """``-log(-log u)`` to 6e-6: the functions of the library are half of what drawing costs.
+def _exponential(u: Array, interpret: bool) -> Array:
+    """``-log2 u`` to 6e-6 of itself: the functions of the library are half of what drawing costs.
 
-    Logarithms are the device's, which near 1 are off by 2e-7, whatever they are; there the first is a series.
+    The device's logarithm is off by 2e-7 near 1, whatever it is there: then it is a series.
     """
     x = 1.0 - u
-    series = x * (1.0 + x * (1 / 2 + x * (1 / 3 + x * (1 / 4))))
-    inner = jnp.where(x < 2.0**-5, series, -_log(u, interpret))
-    return -_log(inner, interpret)
+    series: Array = jnp.full_like(x, math.log2(math.e) / 4)
+    for n in (3, 2, 1):
+        series = fma(series, x, jnp.full_like(x, math.log2(math.e) / n), not interpret)
+    return jnp.where(x < 2.0**-5, x * series, -_log2(u, interpret))
 
 
-def _log(x: Array, interpret: bool) -> Array:
+def _log2(x: Array, interpret: bool) -> Array:
+    """Of normal numbers."""
     if interpret:
-        return jnp.log(x)
+        return jnp.log2(x)
     [found] = plgpu.elementwise_inline_asm(
-        "lg2.approx.f32 $0, $1;",
+        "lg2.approx.ftz.f32 $0, $1;",
         args=[x],
         constraints="=f,f",
         pack=1,
         result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
     )
-    return found * math.log(2.0)
+    return found
