@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array
+from holo_jax.kernels.capability import compute_capability
 from holo_jax.kernels.phasor_features import HIGH, LOW, sin_cos_reduced
 
 _TURNS = 1.0 / (2.0 * math.pi)
@@ -78,6 +79,16 @@ def fma(x: Array, y: Array, z: Array, approximate: bool) -> Array:
         result_shape_dtypes=[jax.ShapeDtypeStruct(size, jnp.float32)],
     )
     return found
+
+
+def released(x: Array, approximate: bool) -> Array:
+    """``x``; once it is known, the next kernel may begin, up to where it waits for this one's end.
+
+    Before compute capability 9.0 it begins then.
+    """
+    if not approximate or (compute_capability() or (0, 0)) < (9, 0):
+        return x
+    return _instruction("{ griddepcontrol.launch_dependents; mov.b32 $0, $1; }", x)
 
 
 def _instruction(text: str, x: Array) -> Array:

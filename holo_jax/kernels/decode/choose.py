@@ -13,6 +13,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array, Float, Int
 from holo_jax.kernels.decode.scores import Scores
+from holo_jax.kernels.instructions import released
 
 # Rows of the array of small numbers, before the tokens of the group.
 ROWS = ("before", "active", "position", "launch", "token", "remaining", "limit", "finite")
@@ -47,7 +48,7 @@ def choose(
     width, stops = embedding.shape[1], stop_tokens.shape[0]
 
     def kernel(*refs: Any) -> None:
-        _program(refs, (length, programs, width, stops), divisor)
+        _program(refs, (length, programs, width, stops), divisor, interpret)
 
     return pl.pallas_call(
         kernel,
@@ -66,7 +67,7 @@ def _iota(length: int) -> Array:
     return jax.lax.iota(jnp.int32, 1 << max(0, length - 1).bit_length())
 
 
-def _program(refs: Any, sizes: tuple[int, ...], divisor: float | None) -> None:
+def _program(refs: Any, sizes: tuple[int, ...], divisor: float | None, interpret: bool) -> None:
     """One row."""
     best, at, numbers, stop_tokens, embedding, after, out = refs
     length, programs, width, stops = sizes
@@ -74,6 +75,7 @@ def _program(refs: Any, sizes: tuple[int, ...], divisor: float | None) -> None:
     found = _iota(programs)
     here = (jnp.full_like(found, row), found)
     own: Any = plgpu.load(best.at[here], mask=found < programs, other=-jnp.inf)
+    own = released(own, not interpret)
     ids: Any = plgpu.load(at.at[here], mask=found < programs, other=_NO_ID)
     now = {name: plgpu.load(numbers.at[row * 0 + n, row]) for n, name in enumerate(ROWS)}
     places = _iota(length)

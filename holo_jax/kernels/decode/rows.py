@@ -75,6 +75,8 @@ def fetch(shape: Shape, refs: Refs) -> None:
 
     def states(slot: int, names: tuple[str, ...], come: Any) -> Any:
         def start(layer: Array) -> None:
+            # Until here it has asked for what no kernel changes.
+            pl.when(layer == 0)(worker.follow)
             row, head = worker.head_of(slot)
             for name in names:
                 source = refs[name].at[layer, row, head]

@@ -35,6 +35,7 @@ class RowsWorker(Worker):
         super().__init__(shape, refs)
         self.vectors = decode_rows_plan.vectors(shape)
         self.slot_bytes = 4 * decode_rows_plan.slot_words(shape)
+        self.launch: Any = None
 
     def call(self, text: str, refs: list[Any], *numbers: Any, threads: int = 256) -> None:
         """Runs a text by every thread: operands are its number among so many threads, refs, numbers."""
@@ -110,13 +111,20 @@ class RowsWorker(Worker):
         )
 
     def begin(self) -> None:
-        """Takes this program's columns of the stream before the first layer."""
+        """Waits for the kernel before, and takes this program's columns of the stream."""
         refs = self.refs
+        self.follow()
+        self.launch = self.numbers_of(0).launch
         if self.interpret:
             refs["stream"][...] = refs["x"][...].astype(jnp.float32)
             return
         text = decode_rows_product.begun(self.finish_of("down"))
         self.call(text, [refs["stream"], refs["x"]], self.first("down"))
+
+    def follow(self) -> None:
+        """Waits for the kernel before this one, which may still run: what it stored is there then."""
+        if not self.interpret:
+            mosaic.pallas().griddepcontrol_wait()
 
     def product(self, name: str, layer: Array, slot: Array, target: Array) -> None:
         """Waits for a vector, multiplies by this program's rows, gives their room back, stores the results.
@@ -150,7 +158,8 @@ class RowsWorker(Worker):
 
     def slot(self, layer: Array) -> Array:
         """Of a layer's vectors in the mail."""
-        return (self.numbers.launch * self.shape.layers + layer) & (decode_rows_plan.SLOTS - 1)
+        launch = self.numbers_of(0).launch if self.launch is None else self.launch
+        return (launch * self.shape.layers + layer) & (decode_rows_plan.SLOTS - 1)
 
     def clear(self, slot: Array) -> None:
         """Makes a slot ready for vectors to come, before the next copy is asked for.

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.functional import noise
-from holo_jax.kernels.instructions import fma
+from holo_jax.kernels.instructions import fma, released
 
 _NO_ID = 2**31 - 1
 # Fours of logits that a program looks at; four have the words of one block of noise.
@@ -72,6 +72,7 @@ def of_logits(
         row = jnp.full_like(block, pl.program_id(1))
         logits = [plgpu.load(refs["logits"].at[row, jnp.minimum(own, outputs - 1)]) for own in columns]
         allowed = jnp.minimum(plgpu.load(refs["allowed"].at[zero]), outputs)
+        logits[0] = released(logits[0], not interpret)
         scores: list[Any] = logits
         if "keys" in refs:
             coldness = plgpu.load(refs["coldness"].at[zero])

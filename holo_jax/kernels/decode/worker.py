@@ -67,7 +67,6 @@ class Worker:
         self.shape, self.refs, self.interpret = shape, refs, shape.interpret
         self.layouts = layouts()
         self.group, self.program = jax.lax.axis_index("group"), jax.lax.axis_index("program")
-        self.numbers = self.numbers_of(0)
 
     def numbers_of(self, row: Any) -> Numbers:
         """Of one row."""
