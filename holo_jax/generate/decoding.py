@@ -39,8 +39,10 @@ from holo_jax.generate.stepping import (
     pack,
     reusable,
     room_for_mail,
+    scaled_logits,
     split_held,
     through_blocks,
+    unscaled,
 )
 from holo_jax.model import HoloForCausalLM, ModelState, positional_turns
 
@@ -320,9 +322,9 @@ def _decode_block(
         )
         x = first_input(model, counts) if by_kernels else None
         looped = (counts.packed(), x, now.logits, hidden, moving, now.seen)
-        # Two tokens a turn leave what the second makes where the first found its own: nothing is copied.
-        # Counting a turn is some 3 us.
-        unroll = 2 if form.stacked else 3 if form.joined else 1
+        # An even number of tokens a turn leaves what is made where it was found: nothing is copied.
+        # Counting a turn is 1 to 3 us.
+        unroll = 4 if form.stacked else 3 if form.joined else 1
         looped, _ = jax.lax.scan(one, looped, length=size - form.joined, unroll=unroll)
         if form.joined:
             looped, _ = one(looped, None, size)
@@ -341,7 +343,9 @@ def _decode_block(
     used = reusable(split_held(decoding.state.layers, size, mail=mail)[1], form, 0)
     token, checks = drawn(decoding.logits, row_keys(inputs.seeds, decoding.state.position), decoding.seen)
     looped = (decoding, no_hidden(model.config, rows), token, checks, jnp.int32(0), used)
-    (after, _, _, checks, _, _), tokens = jax.lax.scan(group, looped, length=groups)
+    (after, hidden, _, checks, _, _), tokens = jax.lax.scan(group, looped, length=groups)
+    if by_kernels and unscaled(model.config, form):
+        after = after._replace(logits=scaled_logits(model, after.logits, hidden))
     # What rows that read nothing predict was made of nothing.
     began = (decoding.remaining > 0)[:, None]
     after = after._replace(logits=jnp.where(began, after.logits, decoding.logits))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.generate.counts import Counts
 from holo_jax.generate.sampling import Plan, SamplingNumbers
-from holo_jax.generate.stepping import Form, embed, logits_of
+from holo_jax.generate.stepping import Form, embed, logits_of, unscaled, unscaled_logits
 from holo_jax.kernels.decode import choose as decode_choose
 from holo_jax.kernels.decode import scores as decode_scores
 from holo_jax.layers import embedding_std
@@ -56,11 +56,16 @@ def next_token(
       form, packed: see ``stepping``; a form with ``drawn``.
 
     Returns:
-      Logits, ``numbers`` before the next token, and what it enters the first block as.
+      Logits, or ``stepping.unscaled_logits``; ``numbers`` before the next token; and what that enters the
+      first block as.
     """
     config, interpret = model.config, form.interpret
-    logits = logits_of(model, hidden, form, packed)
-    scores = decode_scores.of_logits(logits, drawing, numbers, interpret=interpret)
+    stream, eps = None, model.model.norm.eps
+    if unscaled(config, form):
+        logits, stream = unscaled_logits(hidden, packed), hidden
+    else:
+        logits = logits_of(model, hidden, form, packed)
+    scores = decode_scores.of_logits(logits, drawing, numbers, stream, eps=eps, interpret=interpret)
     numbers, x = decode_choose.choose(
         scores,
         numbers,

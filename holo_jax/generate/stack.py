@@ -89,6 +89,13 @@ def folded(model: HoloForCausalLM) -> tuple[tuple[dict[str, Array], ...], ...]:
 
 
 @jax.jit
+def folded_head(model: HoloForCausalLM) -> Float[Array, "e v"]:
+    """The output projection with the last norm's weight in it; of a model in decoding form."""
+    weight = model.output_weights.astype(model.config.precision.storage)
+    return (model.model.norm.weight[...][:, None] * weight).astype(weight.dtype)
+
+
+@jax.jit
 def transposed_head(model: HoloForCausalLM) -> Float[Array, "v e"]:
     """The output projection ``[out, in]`` in the storage dtype; of a model in decoding form."""
     return model.output_weights.T.astype(model.config.precision.storage)

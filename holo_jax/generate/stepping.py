@@ -319,7 +319,8 @@ def through_blocks(
 def pack(model: HoloForCausalLM, form: Form) -> Any:
     """The weights once more as kernels want them, or None where the form has none; see ``stack``."""
     if form.stacked:
-        return {"stack": stack.deal(model, form.programs)}
+        packed = {"stack": stack.deal(model, form.programs)}
+        return packed | ({"head": stack.folded_head(model)} if unscaled(model.config, form) else {})
     if form.products:
         return {"blocks": stack.transposed(model), "head": stack.transposed_head(model)}
     if form.folded:
@@ -329,14 +330,34 @@ def pack(model: HoloForCausalLM, form: Form) -> Any:
 
 def logits_of(model: HoloForCausalLM, x: Float[Array, "b e"], form: Form, packed: Any) -> Float[Array, "b v"]:
     """From the residual stream after the last block to logits in float32; with ``products`` by a kernel."""
-    if not form.products:
-        return next_logits(model, model.model.norm(x[:, None])[:, 0])
     norm = model.model.norm
+    if unscaled(model.config, form):
+        return scaled_logits(model, unscaled_logits(x, packed), x)
+    if not form.products:
+        return next_logits(model, norm(x[:, None])[:, 0])
     weight = norm.weight[...]
     logits = decode_products.product(
         "maps", x, packed["head"], norm=weight, eps=norm.eps, interpret=form.interpret
     )
     return logits.astype(model.config.precision.logits).astype(jnp.float32)
+
+
+def unscaled(config: HoloConfig, form: Form) -> bool:
+    """Whether the last norm's weight is in the head's, so that one over the root mean square is left."""
+    return form.stacked and jnp.dtype(config.precision.logits) == jnp.float32
+
+
+def unscaled_logits(x: Float[Array, "b e"], packed: Any) -> Float[Array, "b v"]:
+    """``logits_of`` times the root mean square, of a form with ``unscaled``."""
+    return jnp.einsum("be,ev->bv", x, packed["head"], preferred_element_type=jnp.float32)
+
+
+def scaled_logits(
+    model: HoloForCausalLM, logits: Float[Array, "b v"], x: Float[Array, "b e"]
+) -> Float[Array, "b v"]:
+    """``logits_of``, from ``unscaled_logits``."""
+    mean = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
+    return logits * jax.lax.rsqrt(mean + model.model.norm.eps)
 
 
 def _by_products(

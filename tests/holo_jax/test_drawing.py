@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from holo_jax.functional.noise import gumbel, philox, uniform
+from holo_jax.generate import stack
 from holo_jax.generate.counts import Counts, unpacked
 from holo_jax.generate.drawing import drawing_of, first_input, next_token
 from holo_jax.generate.forms import decoding_form
 from holo_jax.generate.sampling import Sampling, draw, noise, row_keys
-from holo_jax.generate.stepping import Form, embed, logits_of, pack
+from holo_jax.generate.stepping import Form, embed, logits_of, pack, scaled_logits, unscaled
 from holo_jax.kernels.decode import choose as decode_choose
 from holo_jax.kernels.decode import scores as decode_scores
 from tests.holo_jax.models import build
@@ -59,12 +60,15 @@ def test_the_next_token_is_the_portable_forms(
     changes = dict(changes)
     tied = {name: changes.pop(name) for name in list(changes) if name == "tie_embeddings"}
     config = small(num_hidden_layers=1, vocab_size=VOCABULARY, hidden_size=64, **tied)
-    model = decoding_form(build(config))
+    model = build(config)
+    model.model.norm.weight[...] = jnp.linspace(0.5, 1.5, config.hidden_size)
+    model = decoding_form(model)
     interpret = jax.default_backend() != "gpu"
     form = Form(heads=True, products=True, drawn=True, interpret=interpret)
     packed = pack(model, form)
     if stacked:
-        form, packed = Form(stacked=True, drawn=True, interpret=interpret), None
+        form = Form(stacked=True, drawn=True, interpret=interpret)
+        packed = {"head": stack.folded_head(model)}
     hidden = jax.random.normal(jax.random.key(1), (ROWS, config.hidden_size))
     now, allowed = counts(**changes), jnp.int32(33)
     sampling = Sampling(temperature=temperature)
@@ -75,7 +79,9 @@ def test_the_next_token_is_the_portable_forms(
     drawing = drawing_of(numbers, keys, allowed, plan)
     logits, after, x = next_token(model, hidden, drawing, now.packed(), STOPS, form, packed)
 
-    wanted = logits_of(model, hidden, form, packed)
+    if unscaled(config, form):
+        logits = scaled_logits(model, logits, hidden)
+    wanted = logits_of(model, hidden, Form(), None)
     permitted = jnp.where(jnp.arange(VOCABULARY)[None] < allowed, logits, -jnp.inf)
     token, finite = draw(permitted, numbers, keys[1], None, jnp.isfinite(logits), plan=plan)
     following = now.after(token, finite, STOPS)

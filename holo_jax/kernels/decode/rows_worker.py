@@ -122,9 +122,13 @@ class RowsWorker(Worker):
         self.call(text, [refs["stream"], refs["x"]], self.first("down"))
 
     def follow(self) -> None:
-        """Waits for the kernel before this one, which may still run: what it stored is there then."""
+        """Waits for the kernel before this one, which may still run: what it stored is there then.
+
+        The one after it may begin from now on, where there is room: when programs end.
+        """
         if not self.interpret:
             mosaic.pallas().griddepcontrol_wait()
+            mosaic.pallas().griddepcontrol_launch_dependents()
 
     def product(self, name: str, layer: Array, slot: Array, target: Array) -> None:
         """Waits for a vector, multiplies by this program's rows, gives their room back, stores the results.

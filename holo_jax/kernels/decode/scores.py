@@ -15,6 +15,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from holo_jax.array_types import Array, Float, Int, UInt32
 from holo_jax.functional import noise
+from holo_jax.kernels.decode.gate import inverse_rms
 from holo_jax.kernels.instructions import fma, released
 
 _NO_ID = 2**31 - 1
@@ -50,7 +51,13 @@ class Scores(NamedTuple):
 
 
 def of_logits(
-    logits: Float[Array, "b v"], drawing: Drawing, numbers: Int[Array, "n b"], *, interpret: bool = False
+    logits: Float[Array, "b v"],
+    drawing: Drawing,
+    numbers: Int[Array, "n b"],
+    stream: Float[Array, "b e"] | None = None,
+    *,
+    eps: float = 0.0,
+    interpret: bool = False,
 ) -> Scores:
     """Scores of a token's logits.
 
@@ -58,12 +65,14 @@ def of_logits(
       logits: in float32.
       drawing: see ``Drawing``.
       numbers: its first row is the number of tokens of the group before this one, the same in all columns.
+      stream: what is normed before the head, if logits are still to be divided by its root mean square.
+      eps: of that norm.
       interpret: run in Pallas' interpreter, anywhere.
     """
     rows, outputs = logits.shape
     every = noise.blocks(outputs)
     programs = pl.cdiv(every, _BLOCKS)
-    given = {"logits": logits, "numbers": numbers, **drawing._asdict()}
+    given = {"logits": logits, "numbers": numbers, "stream": stream, **drawing._asdict()}
 
     def kernel(refs: dict[str, Any], *results: Any) -> None:
         zero = pl.program_id(0) * 0
@@ -78,6 +87,8 @@ def of_logits(
             coldness = plgpu.load(refs["coldness"].at[zero])
             drawn = _noise(refs, pl.program_id(1) + zero, block, interpret)
             # In units of log 2, in which logarithms are the device's: no factor but of the logits.
+            if stream is not None:
+                coldness *= inverse_rms(refs["stream"], pl.program_id(1), stream.shape[1], eps)
             by = jnp.full((_BLOCKS,), coldness * math.log2(math.e))
             scores = [fma(own, by, added, not interpret) for own, added in zip(logits, drawn, strict=True)]
         best, at = _best(logits, scores, columns, allowed, interpret)
