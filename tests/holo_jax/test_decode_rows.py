@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from holo_jax.config import HoloConfig
-from holo_jax.generate import decoding_form, prefill, stack
-from holo_jax.generate.decoding import loop_state
+from holo_jax.generate import Sampling, decoding_form, prefill, stack
+from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, loop_state
 from holo_jax.generate.stepping import Form, join_held, pack, reusable, room_for_mail, split_held, step
 from holo_jax.kernels import capability
 from holo_jax.kernels.decode import plan as decode_plan
@@ -177,6 +178,32 @@ def test_tokens_are_the_portable_forms(
     form = Form(stacked=True, interpret=True)
     for portable, own in distances(config, form, rows, groups):
         assert own < 1.5 * portable + 1e-6
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="its interpreter came with jax 0.11")
+def test_a_block_leaves_logits_that_are_normed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its tokens they are not, and the next one is drawn all the same. One of two rows ends first."""
+    monkeypatch.setattr(decode_rows_plan, "PIECE", 1 << 17)
+    config = HoloConfig(**SMALL, precision=MIXED, num_hidden_layers=1)
+    model = decoding_form(build(config))
+    model.model.norm.weight[...] = jnp.linspace(0.5, 1.5, config.hidden_size)
+    graphdef, params = nnx.split(model, nnx.Param)
+    start = prefill(model, [[3, 1, 4], [2, 7]])
+    inputs = DecodingInputs(
+        Sampling().numbers, jnp.arange(2, dtype=jnp.uint32), jnp.full((4,), -1, jnp.int32), jnp.int32(64)
+    )
+    found = []
+    for form in (Form(), Form(stacked=True, drawn=True, interpret=True)):
+        begin = Decoding(start.logits, loop_state(config, start.state, form), jnp.asarray([3, 1]), None)
+        how = dict(steps=3, plan=Sampling().plan, form=form)
+        after, tokens, finite = decode_block(
+            graphdef, params, jax.tree.map(jnp.copy, begin), inputs, pack(model, form), **how
+        )
+        assert finite
+        found.append((np.asarray(after.logits), np.asarray(tokens)))
+    (wanted, first), (own, second) = found
+    np.testing.assert_array_equal(first, second)
+    assert np.abs(own - wanted).max() < 0.02 * np.abs(wanted).max()
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
