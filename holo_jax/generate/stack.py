@@ -71,16 +71,12 @@ def transposed(model: HoloForCausalLM) -> tuple[tuple[dict[str, Array], ...], ..
 @jax.jit
 def folded(model: HoloForCausalLM) -> tuple[tuple[dict[str, Array], ...], ...]:
     """The maps of every block after norms, with the norms' weights in them; of a model in decoding form."""
-
-    def times(norm: Any, weight: Array) -> Array:
-        return (norm.weight[...][:, None] * weight).astype(weight.dtype)
-
     periods: Any = model.model.periods
     return tuple(
         tuple(
             {
-                "maps": times(block.mixer_norm, block.mixer.joined.weight[...]),
-                "up": times(block.mlp_norm, block.mlp.joined.weight[...]),
+                "maps": _times(block.mixer_norm, block.mixer.joined.weight[...]),
+                "up": _times(block.mlp_norm, block.mlp.joined.weight[...]),
             }
             for block in period.blocks
         )
@@ -91,14 +87,18 @@ def folded(model: HoloForCausalLM) -> tuple[tuple[dict[str, Array], ...], ...]:
 @jax.jit
 def folded_head(model: HoloForCausalLM) -> Float[Array, "e v"]:
     """The output projection with the last norm's weight in it; of a model in decoding form."""
-    weight = model.output_weights.astype(model.config.precision.storage)
-    return (model.model.norm.weight[...][:, None] * weight).astype(weight.dtype)
+    return _times(model.model.norm, model.output_weights.astype(model.config.precision.storage))
 
 
 @jax.jit
 def transposed_head(model: HoloForCausalLM) -> Float[Array, "v e"]:
     """The output projection ``[out, in]`` in the storage dtype; of a model in decoding form."""
     return model.output_weights.T.astype(model.config.precision.storage)
+
+
+def _times(norm: Any, weight: Float[Array, "e o"]) -> Float[Array, "e o"]:
+    """A map with the weight of the norm before it in it."""
+    return (norm.weight[...][:, None] * weight).astype(weight.dtype)
 
 
 def _transposed(block: Any) -> dict[str, Array]:

@@ -131,9 +131,9 @@ def decode_heads(shape: Shape, refs: Refs, joins: int = 0) -> None:
         at, across = block(slots, m)
         view = refs["keys"].at[layer, row, head, at, plane * m + across]
         held.append(plgpu.load(view, mask=at < index, other=0.0))
-    bound = []
-    for first in range(0, shape.size, part if alike else shape.size):
-        at, across = block(first + jax.lax.iota(jnp.int32, part if alike else shape.size), d)
+    bound, most = [], part if alike else shape.size
+    for first in range(0, shape.size, most):
+        at, across = block(first + jax.lax.iota(jnp.int32, most), d)
         view = refs["written"].at[layer, row, head, at, across]
         bound.append(plgpu.load(view, mask=at < index, other=0.0))
     if shape.scale == "sqrt_writes":
