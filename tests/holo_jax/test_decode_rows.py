@@ -9,13 +9,15 @@ import pytest
 from flax import nnx
 
 from holo_jax.config import HoloConfig
-from holo_jax.generate import Sampling, decoding_form, prefill, stack
+from holo_jax.generate import Sampling, decoding_form, init_state, prefill, stack
 from holo_jax.generate.decoding import Decoding, DecodingInputs, decode_block, loop_state
 from holo_jax.generate.stepping import Form, join_held, pack, reusable, room_for_mail, split_held, step
 from holo_jax.kernels import capability
 from holo_jax.kernels.decode import plan as decode_plan
+from holo_jax.kernels.decode import rows as decode_rows
 from holo_jax.kernels.decode import rows_plan as decode_rows_plan
 from holo_jax.kernels.decode import shape as decode_shape
+from holo_jax.kernels.decode.rows_worker import RowsWorker
 from holo_jax.precision import FULL, MIXED
 from tests.holo_jax.models import build
 
@@ -103,6 +105,38 @@ def test_what_it_refuses(changes: dict, reason: str, monkeypatch: pytest.MonkeyP
     assert decode_rows_plan.unsupported(shape_of(), jnp.float32) == "storage is float32; it must be bfloat16"
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     assert "must be 0.11 or newer" in str(decode_rows_plan.unsupported(shape_of(), jnp.bfloat16))
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel is for jax 0.11 and newer")
+def test_numbers_are_read_once_the_kernel_before_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a computing warpgroup is traced for a GPU: that kernel may still run, and is what stores them."""
+    events: list[str] = []
+
+    def noting(name: str, event: str) -> None:
+        own = getattr(RowsWorker, name)
+
+        def noted(*args: object) -> object:
+            events.append(event)
+            return own(*args)
+
+        monkeypatch.setattr(RowsWorker, name, noted)
+
+    noting("follow", "waits")
+    noting("numbers_of", "reads")
+    monkeypatch.setattr(decode_rows, "fetch", lambda *args: None)
+    config = HoloConfig(**SMALL, num_hidden_layers=2, precision=MIXED)
+    form, rows = Form(stacked=True, programs=132), 4
+
+    def token(ids: jax.Array) -> jax.Array:
+        model = decoding_form(build(config))
+        state = loop_state(config, init_state(config, rows), form)
+        fixed, moving = split_held(state.layers, 16, mail=room_for_mail(config, form, rows))
+        state, active = state._replace(layers=moving), jnp.ones((rows,), bool)
+        return step(model, ids, fixed, state, jnp.int32(3), active, None, form, pack(model, form))[0]
+
+    jax.eval_shape(token, jax.ShapeDtypeStruct((rows,), jnp.int32))
+    assert set(events) == {"waits", "reads"}
+    assert events[0] == "waits"
 
 
 def found_by(config: HoloConfig, form: Form, rows: int, steps: int, groups: int = 1) -> list[np.ndarray]:

@@ -103,6 +103,7 @@ def fetch(shape: Shape, refs: Refs) -> None:
         """Waits until what was in this room is not needed any more."""
         plgpu.barrier_wait(refs["heads_read"] if name == "heads" else refs["free"].at[PRODUCTS.index(name)])
         if name == "out":
+            # Numbers are there: who computes has waited for the kernel before.
             worker.clear(worker.slot(layer - 2))
 
     def when(do: Any, *conditions: Any) -> None:
@@ -190,6 +191,8 @@ def compute(shape: Shape, refs: Refs) -> None:
         )
         head(worker, at, refs["stage"].at[worker.group], small, exchange)
 
+    # Before numbers are read: the kernel before stores them.
+    worker.begin()
     # A GPU has one turn.
     only = place_of(worker.group) if turns == 1 else None
 
@@ -222,7 +225,6 @@ def compute(shape: Shape, refs: Refs) -> None:
         worker.product("down", layer, slot, following)
         return none
 
-    worker.begin()
     jax.lax.fori_loop(0, shape.layers, body, jnp.int32(0))
 
 
