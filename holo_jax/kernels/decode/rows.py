@@ -37,8 +37,9 @@ from holo_jax.kernels.decode.rows_worker import RowsWorker
 from holo_jax.kernels.decode.shape import Shape
 from holo_jax.kernels.decode.worker import Refs, launch
 
-# Copies on their way to a program at a time; six were slower.
-FLIGHT = 3
+# Copies on their way to a program at a time. With more vectors wait behind weights on the way from the second
+# cache, with fewer memory stands still.
+FLIGHT = 2
 _PENDING = ("phases", "keys", "written", "squares")
 
 
